@@ -1,0 +1,92 @@
+"""Find and open the checkpoint that a person names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_export.checkpoint import torch_dist
+from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.checkpoint.pickles import Record
+from dist_export.errors import ExportError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint opened for reading: its chunk table and what training saved beside the weights."""
+
+    index: CheckpointIndex
+    common: Mapping[str, object]
+
+    @property
+    def arguments(self) -> Mapping[str, object] | None:
+        """The saved arguments of the training run, or None when the checkpoint holds none."""
+        arguments = self.common.get("args")
+        if isinstance(arguments, Record) and isinstance(arguments.state, Mapping):
+            return arguments.state
+        return arguments if isinstance(arguments, Mapping) else None
+
+    @property
+    def iteration(self) -> int | None:
+        """The training iteration, where the checkpoint says it."""
+        iteration = self.common.get("iteration")
+        return iteration if isinstance(iteration, int) else None
+
+
+def find_iteration(path: Path, *, iteration: int | None = None) -> Path:
+    """The iteration folder behind `path`: itself, or the latest (or given) one of a ``--save`` folder.
+
+    Raises `ExportError` when there is none; folders newer than the tracker are unfinished and not taken.
+    """
+    if not path.exists():
+        raise ExportError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        raise ExportError(f"{path}: not a folder; give a Megatron --save folder or one of its iter_ folders")
+    if iteration is not None:
+        return _numbered(path, iteration)
+    if not (path / TRACKER).is_file():
+        return path
+    text = (path / TRACKER).read_text(errors="replace").strip()
+    if text == "release":
+        return _existing(path / "release", path)
+    if not re.fullmatch(r"\d{1,12}", text):
+        raise ExportError(f"{path / TRACKER}: holds {text[:40]!r}, expected an iteration number or the word release")
+    return _numbered(path, int(text))
+
+
+def open_checkpoint(path: Path, *, iteration: int | None = None) -> Checkpoint:
+    """Open the checkpoint at `path` by looking at what is there. Reads metadata only, never weights.
+
+    Raises `ExportError` when it is not a checkpoint, not of a known format, unfinished or damaged.
+    """
+    folder = find_iteration(path, iteration=iteration)
+    if torch_dist.is_torch_dist(folder):
+        index = torch_dist.read_index(folder)
+        return Checkpoint(index, torch_dist.read_common_state(index))
+    raise ExportError(_unrecognised(folder))
+
+
+def _numbered(path: Path, iteration: int) -> Path:
+    return _existing(path / f"iter_{iteration:07d}", path)
+
+
+def _existing(folder: Path, path: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    there = sorted(p.name for p in path.glob("iter_*") if p.is_dir())
+    raise ExportError(f"{folder}: no such folder; {path} holds {', '.join(there) or 'no iterations'}")
+
+
+def _unrecognised(folder: Path) -> str:
+    names = {p.name for p in folder.iterdir()}
+    if "metadata.json" in names:
+        return f"{folder}: metadata.json names no format that can be read; torch_dist can"
+    if ".metadata" in names:
+        return f"{folder}: has .metadata but no metadata.json, which Megatron writes last: the save did not finish"
+    if any(name.startswith("mp_rank_") for name in names):
+        return f"{folder}: is in the legacy torch format (mp_rank_ folders); torch_dist can be read"
+    return f"{folder}: not a Megatron checkpoint (no {TRACKER}, no metadata.json)"

@@ -1,0 +1,185 @@
+"""The command line: arguments to values, values to the library, results to text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_export import __version__
+from dist_export.errors import ExportError
+from dist_export.runtime import exit_codes
+
+if TYPE_CHECKING:
+    from dist_export.api import OpenedModel, Source
+    from dist_export.plan.export import ExportPlan
+    from dist_export.targets.trtllm.target import TrtllmOptions
+
+EPILOG = """examples:
+  dist-export inspect /checkpoints/run1
+  dist-export plan    /checkpoints/run1 --tp 4 --pp 2
+  dist-export export  /checkpoints/run1 /exports/run1 --tp 4 --pp 2
+  torchrun --nproc-per-node 8 launch/export.py /checkpoints/run1 /exports/run1 --tp 4 --pp 2
+"""
+
+_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """``512m``, ``1GiB`` or ``1073741824`` -> bytes."""
+    lowered = text.strip().lower().removesuffix("ib").removesuffix("b")
+    number, suffix = (lowered[:-1], lowered[-1:]) if lowered[-1:] in _SUFFIXES else (lowered, "")
+    try:
+        return int(float(number) * _SUFFIXES[suffix])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g") from None
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Turn a Megatron checkpoint into something that serves.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dist-export {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="what is in a checkpoint: model, layout, sizes, provenance")
+    _add_source(inspect)
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    plan = commands.add_parser("plan", help="dry run: what every rank would read and write, and every problem")
+    _add_source(plan)
+    _add_target(plan)
+    plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
+    return parser
+
+
+def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = False) -> None:
+    """Arguments of an export; the same whoever starts the processes."""
+    _add_source(parser)
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create; its parent must exist")
+    _add_target(parser)
+    run = parser.add_argument_group("running")
+    if not launched:
+        run.add_argument("--num-processes", type=positive, metavar="N", help="default: target ranks, at most cores")
+    run.add_argument("--overwrite", action="store_true", help="replace an export at OUTPUT once the new one is whole")
+    run.add_argument("--host-memory", type=parse_size, default=1 << 30, metavar="SIZE",
+                     help="buffers per process, default 1g")  # fmt: skip
+    run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
+    run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
+                        help="Megatron --save folder (its latest iteration) or an iter_ folder")  # fmt: skip
+    source = parser.add_argument_group("source")
+    source.add_argument("--iteration", type=positive, metavar="N", help="this iteration instead of the latest")
+    source.add_argument("--family", metavar="NAME", help="model family, where it is not to be found out")
+    source.add_argument("--vocab-size", type=positive, metavar="N", help="the tokenizer's true vocabulary size")
+    source.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with model configuration fields")
+    source.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="one field; repeatable")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    target = parser.add_argument_group("target")
+    target.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size, default 1")
+    target.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline parallel size, default 1")
+    target.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
+                        help="element type of the export, default bfloat16")  # fmt: skip
+    target.add_argument("--trtllm-version", metavar="X.Y", help="export for this release; default: 0.12 to 1.2")
+    target.add_argument("--no-parallel-embedding", action="store_true", help="every rank holds the whole embedding")
+    target.add_argument("--embedding-sharding-dim", type=int, default=0, choices=(0, 1),
+                        help="0 vocabulary (default), 1 hidden")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
+    options = build_parser().parse_args(arguments)
+    commands = {"inspect": _inspect, "plan": _plan, "export": _export}
+    try:
+        return commands[options.command](options)
+    except ExportError as error:
+        print(f"dist-export: error: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.OK
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    """The source a command line names."""
+    from dist_export.api import Source
+    from dist_export.models.resolve import overrides_from_file, parse_override
+
+    overrides = overrides_from_file(options.config) if options.config else {}
+    for assignment in options.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ExportError(f"--set {assignment}: expected FIELD=VALUE")
+        overrides[name] = (parse_override(name, text), "command line")
+    if options.vocab_size:
+        overrides["vocab_size"] = (options.vocab_size, "command line")
+    return Source(
+        checkpoint=options.checkpoint, iteration=options.iteration, overrides=overrides, family=options.family
+    )
+
+
+def target_of(options: argparse.Namespace) -> TrtllmOptions:
+    """The target a command line names."""
+    from dist_export.targets.trtllm.tables import EmbeddingSharding
+    from dist_export.targets.trtllm.target import TrtllmOptions
+
+    return TrtllmOptions(
+        tp_size=options.tp,
+        pp_size=options.pp,
+        dtype=options.dtype,
+        embedding=EmbeddingSharding(not options.no_parallel_embedding, options.embedding_sharding_dim),
+        release=options.trtllm_version,
+    )
+
+
+def make_plan(options: argparse.Namespace) -> tuple[OpenedModel, ExportPlan]:
+    """The checkpoint and the plan that a command line asks for."""
+    from dist_export import api
+
+    source = source_of(options)
+    model = api.open_model(source)
+    return model, api.plan(model, target_of(options), family=source.family)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dist_export import api, report
+
+    model = api.open_model(source_of(options))
+    print(json.dumps(report.inspection(model), indent=1) if options.json else report.inspection_text(model))
+    return exit_codes.OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dist_export import report
+    from dist_export.plan.export import validate
+
+    model, plan = make_plan(options)
+    left_out = validate(plan)
+    summary = report.plan_summary(model, plan, left_out)
+    print(json.dumps(summary, indent=1) if options.json else report.plan_text(summary))
+    return exit_codes.OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dist_export.launcher import export_locally
+
+    return export_locally(options)

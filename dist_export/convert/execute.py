@@ -1,0 +1,219 @@
+"""Execution: work items become tiles, tiles are read, cut, converted where needed, and written.
+
+A few threads each take the next tile; reads, writes, checksums and copies release the interpreter lock.
+Memory is two buffers per thread, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_export.convert.ledger import Ledger
+from dist_export.convert.outputs import WritableFile
+from dist_export.convert.sources import SourceFiles
+from dist_export.convert.tiles import Tile, TileRead, cut
+from dist_export.plan.shard import PlannedTensor
+from dist_export.plan.work import Fill, Use, WorkItem
+
+Block = npt.NDArray[Any]
+"""[rows, columns] of raw elements, as unsigned integers of the element's size."""
+
+MIB = 1 << 20
+TILE_BYTES = 1 * MIB  # of source rows per tile: larger reads win nothing (README of the benchmarks), smaller cost calls
+BUFFERS_PER_THREAD = 2
+
+
+class Converter(Protocol):
+    """What executes value operations (`dist_export.convert.torch_arithmetic`)."""
+
+    def apply(self, planned: PlannedTensor, block: Block) -> npt.NDArray[Any]:
+        """Target bytes of a block of source elements."""
+
+
+class Observer(Protocol):
+    """Told about progress, and may stop the work by raising."""
+
+    def progress(self, num_bytes_read: int, num_bytes_written: int) -> None:
+        """Called after each tile, from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many threads with how large buffers. `host_memory` is in bytes and bounds all buffers together."""
+
+    num_threads: int = 2
+    tile_bytes: int = TILE_BYTES
+
+    @classmethod
+    def within(cls, host_memory: int, *, num_threads: int, value_ops: bool) -> Budget:
+        """Tiles of the default size, smaller when `host_memory` does not allow that many."""
+        copies = BUFFERS_PER_THREAD + (6 if value_ops else 0)  # arithmetic holds a tile in up to float32, twice
+        per_thread = host_memory // (num_threads * copies)
+        return cls(num_threads, max(min(TILE_BYTES, per_thread), 1 << 16))
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """Reusable page-aligned memory that grows when a single row is larger than a tile."""
+
+    memory: mmap.mmap | bytearray = field(default_factory=bytearray)
+
+    def take(self, num_bytes: int) -> memoryview:
+        if num_bytes > len(self.memory):
+            self.memory = mmap.mmap(-1, num_bytes)
+        return memoryview(self.memory)[:num_bytes]
+
+
+class Executor:
+    """Does one process's share of a run. Everything it writes is noted in `ledger`."""
+
+    def __init__(
+        self, sources: SourceFiles, outputs: Mapping[int, WritableFile], *, budget: Budget, observer: Observer
+    ) -> None:
+        self.sources, self.outputs, self.budget, self.observer = sources, outputs, budget, observer
+        self.ledger = Ledger()
+        self.converter: Converter | None = None
+        self._lock = Lock()
+
+    def run(self, items: Sequence[WorkItem], fills: Iterable[Fill]) -> None:
+        """Do all of the work. The first failure stops every thread and is raised."""
+        for fill in fills:
+            self._write_zeros(fill)
+        tiles = self._tiles(items)
+        with ThreadPoolExecutor(self.budget.num_threads, "tile") as pool:
+            futures = [pool.submit(self._work, tiles) for _ in range(self.budget.num_threads)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            self._stop = any(f.done() and f.exception() for f in futures)
+        for future in futures:
+            future.result()
+
+    _stop = False
+
+    def _tiles(self, items: Sequence[WorkItem]) -> Iterator[Tile]:
+        for item in items:
+            rectangles = self.sources.rectangles(item.slab, item.shape, item.dtype)
+            yield from cut(item, rectangles, self.budget.tile_bytes)
+
+    def _work(self, tiles: Iterator[Tile]) -> None:
+        read_buffer, block_buffer = _Buffer(), _Buffer()
+        while not self._stop:
+            with self._lock:
+                tile = next(tiles, None)
+            if tile is None:
+                return
+            parts = self._read(tile, read_buffer)
+            written = sum(self._write_use(tile, use, parts, block_buffer) for use in tile.uses)
+            num_rows = tile.rows[1] - tile.rows[0]
+            read = sum(r.num_bytes(num_rows, tile.item.dtype.itemsize) for r in tile.reads)
+            self.observer.progress(read, written)
+
+    def _read(self, tile: Tile, buffer: _Buffer) -> list[tuple[int, Block]]:
+        """(first column, block of the tile's rows) per read."""
+        num_rows, itemsize = tile.rows[1] - tile.rows[0], tile.item.dtype.itemsize
+        sizes = [-(-read.num_bytes(num_rows, itemsize) // 64) * 64 for read in tile.reads]
+        memory, start, parts = buffer.take(sum(sizes)), 0, []
+        for read, size in zip(tile.reads, sizes, strict=True):
+            parts.append((read.columns[0], self._read_part(tile, read, memory[start : start + size])))
+            start += size
+        return parts
+
+    def _read_part(self, tile: Tile, read: TileRead, memory: memoryview) -> Block:
+        rectangle, itemsize = read.rectangle, tile.item.dtype.itemsize
+        num_rows, num_columns = tile.rows[1] - tile.rows[0], read.columns[1] - read.columns[0]
+        offset = (
+            rectangle.offset
+            + (tile.rows[0] - rectangle.rows[0]) * rectangle.row_stride
+            + (read.columns[0] - rectangle.columns[0]) * rectangle.column_stride
+        )
+        if read.whole_rows:
+            num_bytes = read.num_bytes(num_rows, itemsize)
+            self.sources.read_into(rectangle.file, offset, memory[:num_bytes])
+            stride, shape = (rectangle.row_stride, itemsize), (num_rows, num_columns)
+            whole: Block = np.ndarray(shape, f"u{itemsize}", memory, strides=stride)
+            return whole
+        if rectangle.column_stride == itemsize:
+            rows = (num_rows, num_columns, itemsize)
+            return self._read_lines(rectangle.file, offset, rectangle.row_stride, rows, memory)
+        # Stored transposed: what is a column here is contiguous there.
+        columns = (num_columns, num_rows, itemsize)
+        transposed = self._read_lines(rectangle.file, offset, rectangle.column_stride, columns, memory)
+        return np.transpose(transposed)
+
+    def _read_lines(
+        self, file: int, offset: int, stride: int, shape: tuple[int, int, int], memory: memoryview
+    ) -> Block:
+        """Lines of `shape` (number, elements each, element size) that lie `stride` bytes apart."""
+        num_lines, length, itemsize = shape
+        for line in range(num_lines):
+            part = memory[line * length * itemsize : (line + 1) * length * itemsize]
+            self.sources.read_into(file, offset + line * stride, part)
+        lines: Block = np.ndarray((num_lines, length), f"u{itemsize}", memory)
+        return lines
+
+    def _write_use(self, tile: Tile, use: Use, parts: Sequence[tuple[int, Block]], buffer: _Buffer) -> int:
+        top, bottom, left, right = use.source
+        first, end = max(top, tile.rows[0]), min(bottom, tile.rows[1])
+        rows = slice(first - tile.rows[0], end - tile.rows[0])
+        block = _assembled(parts, rows, (left, right), buffer)
+        planned = use.output.planned
+        data = self._target_bytes(planned, block, buffer)
+        width, itemsize = use.output.width, planned.dtype.itemsize
+        row, num_rows, num_columns = use.row + first - top, end - first, right - left
+        if num_columns == width or num_rows == 1:
+            self._write(use, (row * width + use.column) * itemsize, data)
+        else:
+            for line in range(num_rows):
+                part = data[line * num_columns * itemsize : (line + 1) * num_columns * itemsize]
+                self._write(use, ((row + line) * width + use.column) * itemsize, part)
+        return data.nbytes
+
+    def _target_bytes(self, planned: PlannedTensor, block: Block, buffer: _Buffer) -> memoryview:
+        if not planned.moves_only:
+            assert self.converter is not None, f"{planned.name} needs arithmetic"
+            return memoryview(self.converter.apply(planned, block).data).cast("B")
+        if not block.flags.c_contiguous:
+            packed = np.ndarray(block.shape, block.dtype, buffer.take(block.nbytes))
+            packed[...] = block
+            block = packed
+        return memoryview(block.reshape(-1).view(np.uint8).data)
+
+    def _write(self, use: Use, offset: int, data: memoryview) -> None:
+        output = use.output
+        self.outputs[output.file].write_at(output.offset + offset, data)
+        self.ledger.note((output.file, output.index), offset, data)
+
+    def _write_zeros(self, fill: Fill) -> None:
+        output, itemsize = fill.output, fill.output.planned.dtype.itemsize
+        offset, left = fill.first * itemsize, fill.num_elements * itemsize
+        zeros = memoryview(bytes(min(left, MIB)))
+        while left:
+            part = zeros[: min(left, MIB)]
+            self.outputs[output.file].write_at(output.offset + offset, part)
+            self.ledger.note((output.file, output.index), offset, part)
+            offset, left = offset + part.nbytes, left - part.nbytes
+
+
+def _assembled(
+    parts: Sequence[tuple[int, Block]], rows: slice, columns: tuple[int, int], buffer: _Buffer
+) -> Block:
+    """Rows and columns out of what was read: a view when one part holds them, else joined in `buffer`."""
+    left, right = columns
+    touching = [(first, block) for first, block in parts if first < right and left < first + block.shape[1]]
+    if len(touching) == 1:
+        first, block = touching[0]
+        return block[rows, left - first : right - first]
+    dtype = touching[0][1].dtype
+    shape = (rows.stop - rows.start, right - left)
+    joined: Block = np.ndarray(shape, dtype, buffer.take(shape[0] * shape[1] * dtype.itemsize))
+    for first, block in touching:
+        low, high = max(left, first), min(right, first + block.shape[1])
+        joined[:, low - left : high - left] = block[rows, low - first : high - first]
+    return joined

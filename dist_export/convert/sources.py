@@ -1,0 +1,159 @@
+"""Source files: open descriptors, and where the bytes of a chunk really lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from dist_export.checkpoint.index import CheckpointIndex, Chunk
+from dist_export.checkpoint.torch_save import read_record
+from dist_export.errors import ExportError
+from dist_export.tensors.boxes import Box, Shape, row_major_strides
+from dist_export.tensors.dtypes import DType
+from dist_export.tensors.views import Slab
+
+MAX_OPEN_FILES = 128  # descriptors kept open per process; a checkpoint can have thousands of files
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRectangle:
+    """A chunk's part of a slab: rows x columns of elements at byte strides from `offset` of a file."""
+
+    file: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    offset: int  # bytes: element (rows[0], columns[0])
+    row_stride: int  # bytes
+    column_stride: int  # bytes
+
+
+class SourceFiles:
+    """Reads the files of one checkpoint. Thread-safe; counts every byte read."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self.num_bytes_read = 0
+        self._opened: dict[int, _Opened] = {}
+        self._lock = Lock()
+        self._located: dict[tuple[int, int], tuple[int, Shape]] = {}
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        with self._lock:
+            for opened in self._opened.values():
+                os.close(opened.descriptor)
+            self._opened.clear()
+
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` of a file; `ExportError` when the file ends before, naming it."""
+        with self._descriptor(file) as descriptor:
+            done = 0
+            while done < buffer.nbytes:
+                count = self._read_some(descriptor, file, offset + done, buffer[done:])
+                if count == 0:
+                    raise ExportError(
+                        f"{self.index.path(file)}: ends at byte {offset + done}, needed up to "
+                        f"{offset + buffer.nbytes}; it was cut short while the export ran"
+                    )
+                done += count
+        with self._lock:
+            self.num_bytes_read += done
+
+    def read_at(self, file: int, offset: int, size: int) -> bytes:
+        """Up to `size` bytes at `offset` (fewer at the end of the file)."""
+        buffer = bytearray(size)
+        with self._descriptor(file) as descriptor:
+            count = self._read_some(descriptor, file, offset, memoryview(buffer))
+        with self._lock:
+            self.num_bytes_read += count
+        return bytes(buffer[:count])
+
+    def _read_some(self, descriptor: int, file: int, offset: int, buffer: memoryview) -> int:
+        try:
+            return os.preadv(descriptor, [buffer], offset)
+        except OSError as error:
+            raise ExportError(f"{self.index.path(file)}: cannot read at {offset}: {error.strerror}") from error
+
+    def rectangles(self, slab: Slab, shape: Shape, dtype: DType) -> list[SourceRectangle]:
+        """Where the slab's chunks lie, in order of rows. Reads the heads of their records once.
+
+        Raises `ExportError` when a record is not the tensor that the metadata promises.
+        """
+        box = Box((*slab.prefix, *(0 for _ in shape)), (*(1 for _ in slab.prefix), *shape))
+        chunks = self.index.chunks(slab.name, box)
+        found = [self._rectangle(slab, box, chunk, dtype) for chunk in chunks]
+        return sorted(found, key=lambda r: (r.rows, r.columns))
+
+    def _rectangle(self, slab: Slab, box: Box, chunk: Chunk, dtype: DType) -> SourceRectangle:
+        offset, strides = self._locate(slab, chunk, dtype)
+        common = chunk.box.intersection(box)
+        assert common is not None, f"{chunk.box} was said to touch {box}"
+        start = common.relative_to(chunk.box.start).start
+        offset += sum(a * step for a, step in zip(start, strides, strict=True))
+        fixed = len(slab.prefix)
+        inner, size, steps = common.start[fixed:], common.size[fixed:], strides[fixed:]
+        columns = (inner[-1], inner[-1] + size[-1]) if inner else (0, 1)
+        rows = (inner[0], inner[0] + size[0]) if len(inner) == 2 else (0, 1)
+        assert len(inner) <= 2, f"{slab} has {len(inner)} dims"
+        row_stride = steps[0] if len(inner) == 2 else dtype.itemsize * (columns[1] - columns[0])
+        return SourceRectangle(chunk.file, rows, columns, offset, row_stride, steps[-1] if steps else dtype.itemsize)
+
+    def _locate(self, slab: Slab, chunk: Chunk, dtype: DType) -> tuple[int, Shape]:
+        """(byte offset of the chunk's first element, strides in bytes)."""
+        if chunk.strides is not None:
+            return chunk.offset, chunk.strides
+        if not self.index.chunks_are_records:
+            return chunk.offset, tuple(s * dtype.itemsize for s in row_major_strides(chunk.box.size))
+        key = (chunk.file, chunk.offset)
+        if key not in self._located:
+            self._located[key] = self._read_head(slab, chunk, dtype)
+        return self._located[key]
+
+    def _read_head(self, slab: Slab, chunk: Chunk, dtype: DType) -> tuple[int, Shape]:
+        path = self.index.path(chunk.file)
+        record = read_record(
+            lambda at, size: self.read_at(chunk.file, at, size), chunk.offset, chunk.length, origin=str(path)
+        )
+        if record.dtype != dtype.name or tuple(record.shape) != chunk.box.size:
+            raise ExportError(
+                f"{path}: the record of {slab.name} {chunk.box} at byte {chunk.offset} holds {record.dtype} "
+                f"{list(record.shape)}, expected {dtype} {list(chunk.box.size)}"
+            )
+        return record.offset, tuple(step * dtype.itemsize for step in record.strides)
+
+    @contextmanager
+    def _descriptor(self, file: int) -> Iterator[int]:
+        """An open descriptor of a file, kept from being closed while in use."""
+        with self._lock:
+            opened = self._opened.pop(file, None) or _Opened(_open(self.index.path(file)))
+            self._opened[file] = opened  # last in order: most recently used
+            opened.users += 1
+            self._close_unused()
+        try:
+            yield opened.descriptor
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    def _close_unused(self) -> None:
+        """Close the files used longest ago, down to the limit. Called with the lock held."""
+        excess = len(self._opened) - MAX_OPEN_FILES
+        for file in [file for file, opened in self._opened.items() if opened.users == 0][: max(excess, 0)]:
+            os.close(self._opened.pop(file).descriptor)
+
+
+@dataclass(slots=True)
+class _Opened:
+    descriptor: int
+    users: int = 0
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}") from error

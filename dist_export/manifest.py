@@ -1,0 +1,119 @@
+"""export_manifest.json: what an export holds, where it came from, and checksums to prove it by."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import dist_export
+from dist_export.checkpoint.open import Checkpoint
+from dist_export.convert.ledger import Run, TensorKey, checksum_of
+from dist_export.errors import Faults
+from dist_export.plan.export import ExportPlan
+
+FORMAT_VERSION = 1
+
+
+@dataclass(slots=True)
+class RankReport:
+    """What one process did. Exchanged as JSON; sizes in bytes, times in seconds."""
+
+    rank: int
+    plan_digest: str
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    bytes_read_by_calls: int = 0
+    bytes_read_from_disk: int = 0
+    bytes_written: int = 0
+    peak_memory: int = 0
+    memory_at_start: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, list[list[int]]] = field(default_factory=dict)
+    """"file/tensor" numbers -> [[offset, length, crc32], …], neighbours merged."""
+
+    def encode(self) -> bytes:
+        """As bytes for another rank."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(data: bytes) -> RankReport:
+        """What `encode` made."""
+        return RankReport(**json.loads(data))
+
+    def set_runs(self, runs: Mapping[TensorKey, Iterable[Run]]) -> None:
+        """Take over the ledger of this process."""
+        self.runs = {f"{file}/{index}": [list(run) for run in each] for (file, index), each in runs.items()}
+
+
+def merge_runs(reports: Iterable[RankReport]) -> dict[str, list[Run]]:
+    """All processes' runs by "file/tensor"."""
+    merged: dict[str, list[Run]] = {}
+    for report in reports:
+        for key, runs in report.runs.items():
+            merged.setdefault(key, []).extend((run[0], run[1], run[2]) for run in runs)
+    return merged
+
+
+def file_entries(plan: ExportPlan, runs: Mapping[str, list[Run]]) -> dict[str, object]:
+    """Per output file its size and tensors with checksums.
+
+    Raises `ExportError` naming every tensor of which some byte was not written, or written twice.
+    """
+    faults = Faults("the export is not whole")
+    files: dict[str, object] = {}
+    for number, shard in plan.shards().items():
+        tensors = {}
+        for index, tensor in enumerate(shard.tensors):
+            where = f"{shard.file_name}: {tensor.name}"
+            crc = checksum_of(
+                runs.get(f"{number}/{index}", ()), name=where, num_bytes=tensor.num_bytes, faults=faults
+            )
+            tensors[tensor.name] = {
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape),
+                "crc32": f"{crc:08x}",
+                "sources": sorted({str(piece.slab) for piece in tensor.view.pieces if piece.slab}),
+                **({"steps": list(tensor.steps)} if tensor.steps else {}),
+            }
+        size = len(shard.header) + shard.num_data_bytes
+        files[shard.file_name] = {"num_bytes": size, "tensors": tensors}
+    faults.raise_if_any()
+    return files
+
+
+def build_manifest(
+    checkpoint: Checkpoint, plan: ExportPlan, files: Mapping[str, object], *, left_out: Mapping[str, int]
+) -> dict[str, object]:
+    """Everything but the timings, which `finish` adds."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "producer": {"name": "dist_export", "version": dist_export.__version__, "python": platform.python_version()},
+        "source": {
+            "folder": str(checkpoint.index.folder),
+            "format": checkpoint.index.format,
+            "iteration": checkpoint.iteration,
+            "ignored": {reason: asdict(what) for reason, what in checkpoint.index.ignored.items()},
+            "elements_left_out": dict(left_out),
+        },
+        "target": {
+            "name": "trtllm",
+            "architecture": plan.architecture,
+            "family": plan.family.name,
+            "releases": list(plan.releases),
+            "plan_digest": plan.digest(),
+        },
+        "model": {
+            name: {"value": value, "from": plan.resolved.provenance[name]}
+            for name, value in asdict(plan.resolved.config).items()
+        },
+        "notes": list(plan.notes),
+        "checksum": "CRC-32 of each tensor's bytes",
+        "files": files,
+    }
+
+
+def run_statistics(reports: Iterable[RankReport]) -> list[dict[str, object]]:
+    """Per process what it read, wrote and used."""
+    return [{k: v for k, v in asdict(report).items() if k not in ("runs", "plan_digest")} for report in reports]

@@ -1,0 +1,84 @@
+"""The logical tensors of one model, found in one checkpoint through its family's source rules."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from dist_export.errors import ExportError, Faults
+from dist_export.models.catalog import SourceCatalog, SourceTensor
+from dist_export.models.config import ModelConfig
+from dist_export.models.rules import SourceRule
+from dist_export.models.value_ops import ValueOp
+from dist_export.tensors.views import View
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalTensor:
+    """A logical tensor as pieces of stored ones, with the arithmetic its values need."""
+
+    view: View
+    dtype: str
+    """Element type as stored."""
+    values: tuple[ValueOp, ...]
+
+
+class LogicalModel:
+    """Resolves logical names to views of the checkpoint. Pure: reads no file.
+
+    The same instance serves every target rank: results are kept per layer, so that asking for query,
+    key and value splits the fused tensor once.
+    """
+
+    def __init__(self, catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> None:
+        self.catalog = catalog
+        self.config = config
+        self._rules: dict[str, list[tuple[SourceRule, int]]] = defaultdict(list)
+        for rule in rules:
+            if rule.when(config):
+                for part, logical in enumerate(rule.logical):
+                    self._rules[logical].append((rule, part))
+        self._parts: dict[tuple[str, int, int], tuple[View, ...]] = {}
+
+    def find(self, name: str, *, layer: int = -1, expert: int = -1) -> LogicalTensor | None:
+        """The logical tensor, or None when no rule's source is in the checkpoint.
+
+        Raises `ExportError` when two rules both find a source (the checkpoint holds the same weight
+        under two names) and when a source does not have the shape its rule needs.
+        """
+        found = [
+            (rule, part, source)
+            for rule, part in self._rules.get(name, ())
+            if (source := self.catalog.find(rule.source, layer=layer, expert=expert)) is not None
+        ]
+        if len(found) > 1:
+            names = " and ".join(str(source.slab) for _, _, source in found)
+            raise ExportError(f"{names} both hold {name}; keep one of them")
+        if not found:
+            return None
+        rule, part, source = found[0]
+        view = self._split(rule, source, (rule.source, layer, expert))[part]
+        return LogicalTensor(view, source.dtype, rule.values(self.config))
+
+    def sources_of(self, name: str) -> list[str]:
+        """Folded source names that could hold a logical tensor: for messages."""
+        return [rule.source for rule, _ in self._rules.get(name, ())]
+
+    def _split(self, rule: SourceRule, source: SourceTensor, key: tuple[str, int, int]) -> tuple[View, ...]:
+        if key not in self._parts:
+            try:
+                self._parts[key] = rule.op.split(View.of(source.slab, source.shape), self.config)
+            except ExportError as error:
+                raise ExportError(f"{source.slab}: {error}") from error
+        return self._parts[key]
+
+
+def unexpected_sources(catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> Faults:
+    """Source tensors that no rule of the family takes. Nothing is dropped silently."""
+    taken = {rule.source for rule in rules if rule.when(config)}
+    faults = Faults("the checkpoint has tensors that this model has no place for")
+    for pattern in sorted(set(catalog.patterns()) - taken):
+        reason = next((rule for rule in rules if rule.source == pattern), None)
+        hint = " (the model's configuration excludes it)" if reason else ""
+        faults.add(f"unexpected tensor {pattern}{hint}")
+    return faults

@@ -1,0 +1,88 @@
+"""The vocabulary of rule tables.
+
+A model passes through *logical tensors*: the plain parts of a transformer (query, key, value, gate,
+up …), named once, unsharded, ``[out, in]``. Source rules say how Megatron tensors split into logical
+tensors; target rules say how a target tensor is put together from shards of logical tensors. With L
+families and T targets that is L + T tables instead of L x T, and each rule has its inverse through its
+operations.
+
+Names have holes: ``{layer}`` is the global layer number in source and logical names and the number
+within the pipeline stage in TensorRT-LLM names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from dist_export.models.config import ModelConfig
+from dist_export.models.layout_ops import SAME, LayoutOp
+from dist_export.models.shard_ops import REPLICATE, ShardOp
+from dist_export.models.value_ops import ValueOps, no_value_ops
+
+Condition = Callable[[ModelConfig], bool]
+
+
+def always(config: ModelConfig) -> bool:
+    """The rule holds for every model of the family."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRule:
+    """One Megatron tensor -> logical tensors."""
+
+    source: str
+    """Folded source name, e.g. ``decoder.layers.{layer}.mlp.linear_fc1.weight``."""
+    logical: tuple[str, ...]
+    """Names of the parts, in the order `op` gives them."""
+    op: LayoutOp = SAME
+    values: ValueOps = no_value_ops
+    """Arithmetic from the stored to the logical values."""
+    when: Condition = always
+
+
+class Scope(Enum):
+    """Which pipeline stages hold a target tensor, and how often."""
+
+    FIRST = "first stage"
+    LAYER = "once per layer"
+    LAST = "last stage"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A logical tensor and the part of it that one rank's target tensor takes."""
+
+    logical: str
+    shard: ShardOp = REPLICATE
+    zeros_for: str | None = None
+    """When the checkpoint has no such tensor: zeros with as many rows as this logical weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRule:
+    """One target tensor <- logical tensors, joined along dim 0 in order."""
+
+    target: str
+    inputs: tuple[Input, ...]
+    scope: Scope = Scope.LAYER
+    dtype: str | None = None
+    """A fixed element type (``float32`` routers); None means that of the export."""
+    values: ValueOps = no_value_ops
+    """Arithmetic from the logical to the target's values."""
+    when: Condition = always
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: what makes a model one of it, and how its tensors map."""
+
+    name: str
+    description: str
+    unmet: Callable[[ModelConfig], list[str]]
+    """Why a configuration is not of this family; an empty list means it is."""
+    source_rules: tuple[SourceRule, ...]
+    architectures: Mapping[str, str]
+    """Target name -> the architecture that serves the family there."""

@@ -1,0 +1,130 @@
+"""Placement: which process does which work. A value of its own, apart from the plan.
+
+Identity is the rule where processes and target ranks agree in number: process R makes target shard R.
+With fewer processes each makes several shards; with more, several processes share a shard's rows.
+Rows that are cut along the input dim for several targets are shared by the processes of a node, so
+that a row is read once and not once per target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dist_export.errors import ExportError
+from dist_export.plan.work import Fill, SlabUses, Use, WorkItem
+
+SHARE_MIN_BYTES = 1 << 16  # below this a row cut for several targets is cheaper to read again than to share
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Processes, the nodes they run on, and the target files each of them owns."""
+
+    node_of_process: tuple[int, ...]
+    owners_of_file: tuple[tuple[int, ...], ...]
+    """Per output file the processes that make it; the first creates and finishes the file."""
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.node_of_process)
+
+    def owned_by(self, process: int) -> list[int]:
+        """Output files that `process` creates and finishes."""
+        return [file for file, owners in enumerate(self.owners_of_file) if owners[0] == process]
+
+
+def make_placement(node_of_process: Sequence[int], costs: Sequence[int]) -> Placement:
+    """Divide output files with `costs` (bytes) among processes.
+
+    Equal numbers: identity. Fewer processes: contiguous runs of files, balanced by cost, so that the
+    tp ranks of a stage tend to meet in one process. More processes: each file gets an equal share of
+    them, extra ones going to the costliest files.
+    """
+    num_processes, num_files = len(node_of_process), len(costs)
+    if not num_processes or not num_files:
+        raise ExportError(f"cannot place {num_files} output files on {num_processes} processes")
+    if num_processes >= num_files:
+        owners = _several_owners(num_processes, costs)
+    else:
+        owners = tuple((process,) for process in _contiguous(num_processes, costs))
+    return Placement(tuple(node_of_process), owners)
+
+
+def work_of(process: int, placement: Placement, slabs: Iterable[SlabUses]) -> list[WorkItem]:
+    """The work items of one process. Those of all processes together do every use of every row once."""
+    return [item for slab in slabs for item in _slab_work(process, placement, slab)]
+
+
+def fills_of(process: int, placement: Placement, fills: Iterable[Fill]) -> list[Fill]:
+    """The zeros that one process writes: those of the files it owns."""
+    owned = set(placement.owned_by(process))
+    return [fill for fill in fills if fill.output.file in owned]
+
+
+def _slab_work(process: int, placement: Placement, slab: SlabUses) -> Iterator[WorkItem]:
+    for processes, uses in _groups(placement, slab):
+        if process not in processes:
+            continue
+        rows = _share(slab.item(uses).rows, processes.index(process), len(processes))
+        if rows[0] < rows[1]:
+            touching = [use for use in uses if use.source[0] < rows[1] and rows[0] < use.source[1]]
+            if touching:
+                yield slab.item(touching, rows)
+
+
+def _groups(placement: Placement, slab: SlabUses) -> list[tuple[tuple[int, ...], list[Use]]]:
+    """(processes that share the rows, the uses they serve), every use in exactly one group."""
+    by_owners: dict[tuple[int, ...], list[Use]] = {}
+    for use in slab.uses:
+        by_owners.setdefault(placement.owners_of_file[use.output.file], []).append(use)
+    nodes: dict[int, list[tuple[int, ...]]] = {}
+    for owners in by_owners:
+        nodes.setdefault(placement.node_of_process[owners[0]], []).append(owners)
+    groups = []
+    for owners_here in nodes.values():
+        uses = [use for owners in owners_here for use in by_owners[owners]]
+        if len(owners_here) > 1 and _cut_within_rows(slab, uses):
+            groups.append((tuple(sorted({p for owners in owners_here for p in owners})), uses))
+        else:
+            groups += [(owners, by_owners[owners]) for owners in owners_here]
+    return groups
+
+
+def _cut_within_rows(slab: SlabUses, uses: Sequence[Use]) -> bool:
+    """Whether the uses take different columns of common rows, and enough of them to be worth sharing."""
+    columns = {use.source[2:] for use in uses}
+    return len(columns) > 1 and sum(use.num_bytes for use in uses) >= SHARE_MIN_BYTES
+
+
+def _share(rows: tuple[int, int], part: int, parts: int) -> tuple[int, int]:
+    first, count = rows[0], rows[1] - rows[0]
+    return first + count * part // parts, first + count * (part + 1) // parts
+
+
+def _contiguous(num_processes: int, costs: Sequence[int]) -> list[int]:
+    """The process of each file: runs of files whose costs are near equal, none of them empty."""
+    total, done, process = sum(costs), 0.0, 0
+    result: list[int] = []
+    for file, cost in enumerate(costs):
+        left = len(costs) - file
+        ideal = int((done + cost / 2) * num_processes / max(total, 1))
+        process = max(process, min(ideal, num_processes - 1))
+        if result:
+            process = min(process, result[-1] + 1)
+        process = max(process, num_processes - left)
+        result.append(process)
+        done += cost
+    return result
+
+
+def _several_owners(num_processes: int, costs: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    shares = [1] * len(costs)
+    for _ in range(num_processes - len(costs)):
+        neediest = max(range(len(costs)), key=lambda file: costs[file] / shares[file])
+        shares[neediest] += 1
+    owners, first = [], 0
+    for share in shares:
+        owners.append(tuple(range(first, first + share)))
+        first += share
+    return tuple(owners)

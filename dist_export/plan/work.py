@@ -1,0 +1,198 @@
+"""From plans to work: which rows of which source tensors are read, and where every part of them goes.
+
+Plans are made per target file; work is done per source tensor. Turning one into the other is what lets
+a row be read once and cut for every target that needs a part of it. Everything here is two-dimensional:
+a tensor is rows x width with the last dim as width, so a norm is one row and a weight ``[out, in]`` has
+``out`` rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dist_export.plan.shard import PlannedTensor, ShardPlan
+from dist_export.tensors.boxes import Box, Shape
+from dist_export.tensors.dtypes import DType
+from dist_export.tensors.views import Piece, Slab
+
+Rectangle = tuple[int, int, int, int]
+"""First row, row end (exclusive), first column, column end (exclusive)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A planned tensor in one of the run's output files."""
+
+    file: int
+    """Number of the shard plan in the run."""
+    index: int
+    """Number of the tensor in its shard plan."""
+    planned: PlannedTensor
+    data_start: int  # bytes: length of the file's header
+
+    @property
+    def width(self) -> int:
+        """Elements per row."""
+        return self.planned.shape[-1] if self.planned.shape else 1
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of the file."""
+        return self.data_start + self.planned.offset
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A rectangle of a source slab and the place in an output tensor that it fills."""
+
+    source: Rectangle
+    output: OutputTensor
+    row: int
+    """First row in the output tensor."""
+    column: int
+    """First column in the output tensor."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Source bytes."""
+        top, bottom, left, right = self.source
+        return (bottom - top) * (right - left) * self.output.planned.source_dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Zeros in an output tensor: `num_elements` from element `first` on."""
+
+    output: OutputTensor
+    first: int
+    num_elements: int
+
+    @property
+    def num_bytes_written(self) -> int:
+        return self.num_elements * self.output.planned.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """Some rows of one source slab with everything that is made of them. `rows` is (first, end)."""
+
+    slab: Slab
+    shape: Shape
+    dtype: DType
+    rows: tuple[int, int]
+    uses: tuple[Use, ...]
+
+    @property
+    def num_bytes_needed(self) -> int:
+        """Source bytes that some use needs, each counted once."""
+        return _union_area([_clipped(use.source, self.rows) for use in self.uses]) * self.dtype.itemsize
+
+    @property
+    def num_bytes_written(self) -> int:
+        return sum(
+            _area(_clipped(use.source, self.rows)) * use.output.planned.dtype.itemsize for use in self.uses
+        )
+
+
+def flat_shape(shape: Shape) -> tuple[int, int]:
+    """(rows, width) of a tensor."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def flat_rectangle(box: Box, shape: Shape) -> Rectangle:
+    """`box` of a tensor of `shape` as a rectangle. Boxes of plans are whole rows of all but the last two dims."""
+    if not shape:
+        return 0, 1, 0, 1
+    first, rows = 0, 1
+    for dim in range(len(shape) - 1):
+        assert rows == 1 or (box.start[dim], box.size[dim]) == (0, shape[dim]), f"{box} is no rectangle of {shape}"
+        first, rows = first * shape[dim] + box.start[dim], rows * box.size[dim]
+    return first, first + rows, box.start[-1], box.start[-1] + box.size[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class SlabUses:
+    """A source slab and every use of it in the run, by output file."""
+
+    slab: Slab
+    shape: Shape
+    dtype: DType
+    uses: tuple[Use, ...]
+
+    def item(self, uses: Iterable[Use], rows: tuple[int, int] | None = None) -> WorkItem:
+        """Some of the uses as work: over the rows they need, or the part of them within `rows`."""
+        kept = tuple(uses)
+        first = min(use.source[0] for use in kept)
+        end = max(use.source[1] for use in kept)
+        if rows is not None:
+            first, end = max(first, rows[0]), min(end, rows[1])
+        return WorkItem(self.slab, self.shape, self.dtype, (first, end), kept)
+
+
+def collect_uses(
+    plans: Mapping[int, ShardPlan], shape_of: Mapping[str, tuple[Shape, str]]
+) -> tuple[list[SlabUses], list[Fill]]:
+    """Every source slab of `plans` (output file number -> plan) with its uses, and the zeros to write."""
+    uses: dict[Slab, list[Use]] = defaultdict(list)
+    fills: list[Fill] = []
+    dtypes: dict[Slab, DType] = {}
+    for file, plan in plans.items():
+        data_start = len(plan.header)
+        for index, planned in enumerate(plan.tensors):
+            output = OutputTensor(file, index, planned, data_start)
+            for piece in planned.view.pieces:
+                if piece.slab is None:
+                    fills += _fills(output, piece)
+                elif piece.box.num_elements:
+                    shape = slab_shape(piece.slab, shape_of)
+                    uses[piece.slab].append(_use(output, piece, shape))
+                    dtypes[piece.slab] = planned.source_dtype
+    slabs = [SlabUses(slab, slab_shape(slab, shape_of), dtypes[slab], tuple(u)) for slab, u in uses.items()]
+    return slabs, fills
+
+
+def slab_shape(slab: Slab, shape_of: Mapping[str, tuple[Shape, str]]) -> Shape:
+    """The shape of a slab: that of its tensor less the fixed leading dims."""
+    return shape_of[slab.name][0][len(slab.prefix) :]
+
+
+def _use(output: OutputTensor, piece: Piece, shape: Shape) -> Use:
+    # A stacked output has one dim more than its source: drop the leading ones, which have size 1.
+    size = piece.box.size[len(piece.box.size) - len(shape) :]
+    row, _, column, _ = flat_rectangle(piece.box, output.planned.shape)
+    return Use(flat_rectangle(Box(piece.source_start, size), shape), output, row, column)
+
+
+def _fills(output: OutputTensor, piece: Piece) -> list[Fill]:
+    top, bottom, left, right = flat_rectangle(piece.box, output.planned.shape)
+    if right - left == output.width:
+        return [Fill(output, top * output.width, (bottom - top) * output.width)]
+    return [Fill(output, row * output.width + left, right - left) for row in range(top, bottom)]
+
+
+def _clipped(rectangle: Rectangle, rows: tuple[int, int]) -> Rectangle:
+    top, bottom, left, right = rectangle
+    return max(top, rows[0]), max(min(bottom, rows[1]), max(top, rows[0])), left, right
+
+
+def _area(rectangle: Rectangle) -> int:
+    top, bottom, left, right = rectangle
+    return (bottom - top) * (right - left)
+
+
+def _union_area(rectangles: Sequence[Rectangle]) -> int:
+    """Elements covered by at least one rectangle."""
+    edges = sorted({edge for r in rectangles for edge in r[:2]})
+    total = 0
+    for top, bottom in pairwise(edges):
+        spans = sorted((r[2], r[3]) for r in rectangles if r[0] <= top and bottom <= r[1])
+        covered, end = 0, -1
+        for left, right in spans:
+            covered += max(right - max(left, end), 0)
+            end = max(end, right)
+        total += covered * (bottom - top)
+    return total

@@ -1,0 +1,171 @@
+"""What the commands print: plain text for people, dictionaries for ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_export.api import OpenedModel
+from dist_export.manifest import RankReport
+from dist_export.plan.export import ExportPlan
+from dist_export.plan.placement import make_placement, work_of
+from dist_export.plan.work import collect_uses
+from dist_export.runtime.progress import format_bytes, format_rate
+
+
+def table(rows: Iterable[Sequence[object]], *, indent: str = "  ") -> str:
+    """Rows as aligned columns."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
+    lines = (indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(lines)
+
+
+def inspection(model: OpenedModel) -> dict[str, Any]:
+    """Everything ``inspect`` knows."""
+    index, resolved = model.checkpoint.index, model.resolved
+    provenance = resolved.provenance
+    return {
+        "folder": str(index.folder),
+        "format": index.format,
+        "iteration": model.checkpoint.iteration,
+        "training_layout": training_layout(model),
+        "num_files": len(index.files),
+        "num_chunks": index.num_chunks,
+        "ignored": {reason: asdict(what) for reason, what in index.ignored.items()},
+        "num_objects": len(index.objects),
+        "config": {n: {"value": v, "from": provenance[n]} for n, v in asdict(resolved.config).items()},
+        "notes": list(resolved.notes),
+        "tensors": {name: {"shape": list(info.shape), "dtype": info.dtype} for name, info in index.tensors.items()},
+    }
+
+
+LAYOUT_ARGUMENTS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "cp": "context_parallel_size",
+}
+
+
+def training_layout(model: OpenedModel) -> dict[str, int]:
+    """Parallel sizes of the training run, as far as its arguments say."""
+    arguments = model.checkpoint.arguments or {}
+    found = {axis: arguments.get(name) for axis, name in LAYOUT_ARGUMENTS.items()}
+    return {axis: size for axis, size in found.items() if isinstance(size, int)}
+
+
+def inspection_text(model: OpenedModel) -> str:
+    """``inspect`` for people."""
+    facts = inspection(model)
+    layout = " ".join(f"{axis}{size}" for axis, size in facts["training_layout"].items()) or "not said"
+    ignored = [
+        f"{what['num_tensors']} tensors, {format_bytes(what['num_bytes'])}: {reason}"
+        for reason, what in facts["ignored"].items()
+    ]
+    index = model.checkpoint.index
+    head = [
+        ("checkpoint", facts["folder"]),
+        ("format", facts["format"]),
+        ("iteration", facts["iteration"] if facts["iteration"] is not None else "not said"),
+        ("trained as", layout),
+        ("weights", f"{format_bytes(index.num_weight_bytes)} in {index.num_chunks} chunks of {len(index.files)} files"),
+        ("left out", "; ".join(ignored) or "nothing"),
+    ]
+    fields = [(name, entry["value"], entry["from"]) for name, entry in facts["config"].items()]
+    tensors = [
+        (pattern, "x".join(map(str, shape)), model.catalog.dtype(pattern))
+        for pattern, shape in sorted(model.catalog.folded_shapes().items())
+    ]
+    parts = [table(head), "\nmodel", table(fields), f"\ntensors ({model.catalog.num_layers} layers)", table(tensors)]
+    return "\n".join(parts + _notes(facts["notes"]))
+
+
+def plan_summary(model: OpenedModel, plan: ExportPlan, left_out: Mapping[str, int]) -> dict[str, Any]:
+    """Everything ``plan`` knows; sizes in bytes."""
+    shards = plan.shards()
+    slabs, _ = collect_uses(shards, plan.catalog.tensors)
+    placement = make_placement([0] * plan.num_files, [shard.num_data_bytes for shard in shards.values()])
+    work = [work_of(rank, placement, slabs) for rank in range(plan.num_files)]
+    return {
+        "source": str(model.checkpoint.index.folder),
+        "architecture": plan.architecture,
+        "family": plan.family.name,
+        "releases": list(plan.releases),
+        "layout": {"tp": plan.layout.tp_size, "pp": plan.layout.pp_size, "layers": list(plan.layout.layers_per_stage)},
+        "digest": plan.digest(),
+        "config": dict(plan.config),
+        "notes": list(plan.notes),
+        "elements_left_out": dict(left_out),
+        "ranks": [
+            {
+                "file": shard.file_name,
+                "num_tensors": len(shard.tensors),
+                "bytes_written": len(shard.header) + shard.num_data_bytes,
+                "bytes_read": sum(item.num_bytes_needed for item in work[rank]),
+                "tensors": [
+                    {
+                        "name": t.name,
+                        "shape": list(t.shape),
+                        "dtype": t.dtype.name,
+                        "offset": t.offset,
+                        "steps": list(t.steps),
+                        "sources": sorted({str(p.slab) for p in t.view.pieces if p.slab}),
+                    }
+                    for t in shard.tensors
+                ],
+            }
+            for rank, shard in shards.items()
+        ],
+    }
+
+
+def plan_text(summary: Mapping[str, Any]) -> str:
+    """``plan`` for people."""
+    layout = summary["layout"]
+    head = [
+        ("checkpoint", summary["source"]),
+        ("model", f"{summary['family']} -> {summary['architecture']}"),
+        ("valid in", f"TensorRT-LLM {summary['releases'][0]} to {summary['releases'][-1]}"),
+        ("layout", f"tp {layout['tp']} x pp {layout['pp']}, layers per stage {layout['layers']}"),
+        ("plan", summary["digest"][:16]),
+    ]
+    ranks: list[tuple[object, ...]] = [("file", "tensors", "reads", "writes")]
+    ranks += [
+        (rank["file"], rank["num_tensors"], format_bytes(rank["bytes_read"]), format_bytes(rank["bytes_written"]))
+        for rank in summary["ranks"]
+    ]
+    left_out = [f"left out: {count} elements, {reason}" for reason, count in summary["elements_left_out"].items()]
+    return "\n".join([table(head), "", table(ranks), *_notes([*left_out, *summary["notes"]])])
+
+
+def closing_text(plan: ExportPlan, output: Path, reports: Sequence[RankReport]) -> str:
+    """The table at the end of an export, and the next command to run."""
+    seconds = max(report.seconds.get("transfer", 0.0) for report in reports)
+    rows: list[tuple[object, ...]] = [("process", "needed", "read", "from disk", "written", "memory", "seconds")]
+    rows += [
+        (
+            report.rank,
+            format_bytes(report.bytes_needed),
+            f"{format_bytes(report.bytes_read)} ({report.bytes_read / max(report.bytes_needed, 1):.3f}x)",
+            format_bytes(report.bytes_read_from_disk),
+            format_bytes(report.bytes_written),
+            f"{format_bytes(report.peak_memory)} (+{format_bytes(max(report.peak_memory - report.memory_at_start, 0))})",
+            f"{report.seconds.get('transfer', 0.0):.2f}",
+        )
+        for report in reports
+    ]
+    written = sum(report.bytes_written for report in reports)
+    lines = [
+        f"exported {plan.family.name} as {plan.architecture}, {plan.layout}, to {output}",
+        table(rows),
+        f"  {format_bytes(written)} in {seconds:.2f} s, {format_rate(written / max(seconds, 1e-9))}",
+    ]
+    return "\n".join(lines + _notes(plan.notes) + [f"next: trtllm-build --checkpoint_dir {output} --output_dir ENGINES"])
+
+
+def _notes(notes: Iterable[str]) -> list[str]:
+    return [f"note: {note}" for note in notes]

@@ -1,0 +1,152 @@
+"""Views: a tensor described as pieces of other tensors, without any data.
+
+A view has a shape and a list of pieces; each piece says "this box of me is that box of that source
+tensor", or "this box of me is zero". Layout operations (slice, concatenate, pad, stack) turn views
+into views, so a chain of them dissolves into a flat list of copies before a byte is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dist_export.errors import ExportError
+from dist_export.tensors.boxes import Box, Shape, partition_faults
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Slab:
+    """A source tensor with leading dims fixed: layer 3 of a stacked weight, expert 7 of layer 3.
+
+    `name` is the tensor's global name and `prefix` the fixed leading indices; what is left is the
+    slab's own shape.
+    """
+
+    name: str
+    prefix: Shape = ()
+
+    def __str__(self) -> str:
+        return self.name + "".join(f"[{i}]" for i in self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`box` of the view equals the box of the same size at `source_start` of `slab`; zeros when `slab` is None."""
+
+    box: Box
+    slab: Slab | None
+    source_start: Shape = ()
+
+    @property
+    def source_box(self) -> Box:
+        """The box in the source slab. Only for pieces that have a source."""
+        return Box(self.source_start, self.box.size)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor of `shape` made of `pieces` that tile it."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, slab: Slab, shape: Shape) -> View:
+        """All of a source slab."""
+        return cls(shape, (Piece(Box.whole(shape), slab, (0,) * len(shape)),))
+
+    @classmethod
+    def zeros(cls, shape: Shape) -> View:
+        """A tensor of zeros with no source."""
+        return cls(shape, (Piece(Box.whole(shape), None),))
+
+    def faults(self) -> list[str]:
+        """Why the pieces do not tile the view exactly once; empty when they do."""
+        return partition_faults((piece.box for piece in self.pieces), self.shape)
+
+    def narrow(self, dim: int, start: int, length: int) -> View:
+        """Elements ``start : start + length`` of `dim`."""
+        if start < 0 or length < 0 or start + length > self.shape[dim]:
+            raise ExportError(f"cannot take {start}:{start + length} of dim {dim} of shape {list(self.shape)}")
+        size = _with(self.shape, dim, length)
+        window = Box(_with((0,) * len(self.shape), dim, start), size)
+        return View(size, tuple(p for piece in self.pieces for p in _clip(piece, window)))
+
+    def gather(self, dim: int, ranges: Sequence[tuple[int, int]]) -> View:
+        """The (start, length) ranges of `dim`, one after the other: a permutation, selection or replication."""
+        return concatenate([self.narrow(dim, start, length) for start, length in ranges], dim)
+
+    def pad(self, dim: int, to: int) -> View:
+        """Zeros appended along `dim` until it has `to` elements."""
+        missing = to - self.shape[dim]
+        if missing == 0:
+            return self
+        return concatenate([self, View.zeros(_with(self.shape, dim, missing))], dim)
+
+    def unsqueeze(self) -> View:
+        """A new leading dim of size 1. Pieces then address slabs with one fixed dim less: see `stack`."""
+        return View((1, *self.shape), tuple(_unsqueezed(piece) for piece in self.pieces))
+
+
+def concatenate(views: Sequence[View], dim: int) -> View:
+    """Views one after the other along `dim`; the other dims must agree."""
+    first, total, pieces = views[0], 0, []
+    for view in views:
+        if _with(view.shape, dim, 0) != _with(first.shape, dim, 0):
+            raise ExportError(f"cannot join shapes {list(first.shape)} and {list(view.shape)} along dim {dim}")
+        shift = _with((0,) * len(view.shape), dim, total)
+        pieces += [replace(piece, box=piece.box.shifted(shift)) for piece in view.pieces]
+        total += view.shape[dim]
+    return View(_with(first.shape, dim, total), tuple(_merged(pieces, dim)))
+
+
+def stack(views: Sequence[View]) -> View:
+    """Equal shapes stacked along a new leading dim."""
+    return concatenate([view.unsqueeze() for view in views], 0)
+
+
+def _with(shape: Shape, dim: int, value: int) -> Shape:
+    return (*shape[:dim], value, *shape[dim + 1 :])
+
+
+def _clip(piece: Piece, window: Box) -> list[Piece]:
+    common = piece.box.intersection(window)
+    if common is None:
+        return []
+    if piece.slab is None:
+        return [Piece(common.relative_to(window.start), None)]
+    inner = common.relative_to(piece.box.start)
+    # A stacked view has one dim more than its slab: the extra leading dim has size 1 in every piece.
+    extra = len(inner.start) - len(piece.source_start)
+    start = tuple(a + b for a, b in zip(piece.source_start, inner.start[extra:], strict=True))
+    return [Piece(common.relative_to(window.start), piece.slab, start)]
+
+
+def _unsqueezed(piece: Piece) -> Piece:
+    return replace(piece, box=Box((0, *piece.box.start), (1, *piece.box.size)))
+
+
+def _merged(pieces: list[Piece], dim: int) -> list[Piece]:
+    """Neighbours along `dim` that are neighbours in the source too become one piece."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        joined = _joined(merged[-1], piece, dim) if merged else None
+        if joined is not None:
+            merged[-1] = joined
+        else:
+            merged.append(piece)
+    return merged
+
+
+def _joined(left: Piece, right: Piece, dim: int) -> Piece | None:
+    if left.slab != right.slab or _with(left.box.size, dim, 0) != _with(right.box.size, dim, 0):
+        return None
+    step = _with((0,) * len(left.box.size), dim, left.box.size[dim])
+    if left.box.shifted(step).start != right.box.start:
+        return None
+    if left.slab is not None:
+        extra = len(step) - len(left.source_start)
+        if dim < extra or Box(left.source_start, left.source_start).shifted(step[extra:]).start != right.source_start:
+            return None
+    size = _with(left.box.size, dim, left.box.size[dim] + right.box.size[dim])
+    return Piece(Box(left.box.start, size), left.slab, left.source_start)
