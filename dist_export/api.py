@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,14 @@ from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.registry import choose_family
 from dist_export.models.resolve import resolve_config
 from dist_export.plan.export import ExportPlan
-from dist_export.targets.trtllm.target import TrtllmOptions, plan_export
+from dist_export.plan.job import ExportJob
+from dist_export.targets.huggingface import target as huggingface_target
+from dist_export.targets.huggingface.target import HuggingFaceOptions
+from dist_export.targets.trtllm import target as trtllm_target
+from dist_export.targets.trtllm.target import TrtllmOptions
 
-GIB = 1 << 30
+TargetOptions = TrtllmOptions | HuggingFaceOptions
+"""What the user chooses of a target; its type says which one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,22 @@ def open_model(source: Source) -> OpenedModel:
     return OpenedModel(checkpoint, catalog, resolved)
 
 
-def plan(model: OpenedModel, options: TrtllmOptions, *, family: str | None = None) -> ExportPlan:
-    """The plan of an export. Pure; raises `ExportError` for what cannot be exported, and why."""
+def plan(model: OpenedModel, options: TargetOptions, *, family: str | None = None, folder: str = ".") -> ExportPlan:
+    """The plan of an export to one target. Pure; raises `ExportError` for what cannot be exported, and why."""
     chosen = choose_family(model.resolved.config, family)
-    return plan_export(chosen, model.resolved, model.catalog, options)
+    if isinstance(options, HuggingFaceOptions):
+        return huggingface_target.plan_export(chosen, model.resolved, model.catalog, options, folder=folder)
+    return trtllm_target.plan_export(chosen, model.resolved, model.catalog, options, folder=folder)
+
+
+def plan_job(model: OpenedModel, targets: Sequence[TargetOptions], *, family: str | None = None) -> ExportJob:
+    """The plans of all targets; several of them go to subfolders named like the targets."""
+    alone = len(targets) == 1
+    return ExportJob(
+        tuple(plan(model, each, family=family, folder="." if alone else target_name(each)) for each in targets)
+    )
+
+
+def target_name(options: TargetOptions) -> str:
+    """``hf`` or ``trtllm``."""
+    return huggingface_target.NAME if isinstance(options, HuggingFaceOptions) else trtllm_target.NAME

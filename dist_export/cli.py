@@ -15,9 +15,8 @@ from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
 
 if TYPE_CHECKING:
-    from dist_export.api import OpenedModel, Source
-    from dist_export.plan.export import ExportPlan
-    from dist_export.targets.trtllm.target import TrtllmOptions
+    from dist_export.api import OpenedModel, Source, TargetOptions
+    from dist_export.plan.job import ExportJob
 
 EPILOG = """examples:
   dist-export inspect /checkpoints/run1
@@ -95,6 +94,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     target = parser.add_argument_group("target")
+    target.add_argument("--target", action="append", choices=("trtllm", "hf"),
+                        help="trtllm (default) or hf; given twice, both in one pass, in subfolders")  # fmt: skip
+    target.add_argument("--max-file-size", type=parse_size, default=5 << 30, metavar="SIZE",
+                        help="hf: largest file, default 5g")  # fmt: skip
     target.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size, default 1")
     target.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline parallel size, default 1")
     target.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
@@ -137,27 +140,43 @@ def source_of(options: argparse.Namespace) -> Source:
     )
 
 
-def target_of(options: argparse.Namespace) -> TrtllmOptions:
-    """The target a command line names."""
+def targets_of(options: argparse.Namespace) -> list[TargetOptions]:
+    """The targets a command line names, each once, in the order given."""
+    from dist_export.targets.huggingface.target import HuggingFaceOptions
     from dist_export.targets.trtllm.tables import EmbeddingSharding
     from dist_export.targets.trtllm.target import TrtllmOptions
 
-    return TrtllmOptions(
+    trtllm = TrtllmOptions(
         tp_size=options.tp,
         pp_size=options.pp,
         dtype=options.dtype,
         embedding=EmbeddingSharding(not options.no_parallel_embedding, options.embedding_sharding_dim),
         release=options.trtllm_version,
     )
+    huggingface = HuggingFaceOptions(dtype=options.dtype, file_bytes=options.max_file_size)
+    made: dict[str, TargetOptions] = {"trtllm": trtllm, "hf": huggingface}
+    return [made[name] for name in dict.fromkeys(options.target or ["trtllm"])]
 
 
-def make_plan(options: argparse.Namespace) -> tuple[OpenedModel, ExportPlan]:
-    """The checkpoint and the plan that a command line asks for."""
+def make_job(options: argparse.Namespace) -> tuple[OpenedModel, ExportJob]:
+    """The checkpoint and the plans that a command line asks for."""
     from dist_export import api
 
     source = source_of(options)
     model = api.open_model(source)
-    return model, api.plan(model, target_of(options), family=source.family)
+    return model, api.plan_job(model, targets_of(options), family=source.family)
+
+
+def request_of(options: argparse.Namespace) -> dict[str, object]:
+    """What was asked of the source, as plain values for the manifest."""
+    from dataclasses import asdict, is_dataclass
+
+    source = source_of(options)
+    plain = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, (value, _) in source.overrides.items()
+    }
+    return {"iteration": source.iteration, "family": source.family, "overrides": plain}
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -170,11 +189,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from dist_export import report
-    from dist_export.plan.export import validate
 
-    model, plan = make_plan(options)
-    left_out = validate(plan)
-    summary = report.plan_summary(model, plan, left_out)
+    model, job = make_job(options)
+    summary = report.plan_summary(model, job, job.validate())
     print(json.dumps(summary, indent=1) if options.json else report.plan_text(summary))
     return exit_codes.OK
 

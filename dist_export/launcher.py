@@ -7,9 +7,7 @@ import os
 from collections.abc import Sequence
 
 from dist_export import report
-from dist_export.checkpoint.open import Checkpoint
-from dist_export.cli import add_export_arguments, make_plan
-from dist_export.plan.export import ExportPlan, validate
+from dist_export.cli import add_export_arguments, make_job, request_of
 from dist_export.runtime import publication
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
@@ -33,12 +31,12 @@ def export_locally(options: argparse.Namespace) -> int:
     """``dist-export export``: plan once here, then fork processes that share the plan. Returns the exit code."""
     run = run_options(options)
     publication.check_output(run.output, overwrite=run.overwrite)
-    model, plan = make_plan(options)
-    validate(plan)
-    num_processes = options.num_processes or max(min(plan.num_files, os.cpu_count() or 1), 1)
+    model, job = make_job(options)
+    job.validate()
+    num_processes = options.num_processes or max(min(job.num_files, os.cpu_count() or 1), 1)
 
     def rank_main(group: Group) -> int:
-        return export_rank(model.checkpoint, plan, run, group)
+        return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)))
 
     return run_local(num_processes, rank_main)
 
@@ -52,16 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def rank_main(group: Group) -> int:
-        model, plan = make_plan(options)
-        return export_rank(model.checkpoint, plan, run_options(options), group)
+        model, job = make_job(options)
+        return export_rank(ExportSession(model.checkpoint, job, run_options(options), group, request_of(options)))
 
     return run_here(detect_world(os.environ), rank_main)
 
 
-def export_rank(checkpoint: Checkpoint, plan: ExportPlan, run: RunOptions, group: Group) -> int:
+def export_rank(session: ExportSession) -> int:
     """One rank's export; rank 0 shows progress and prints the closing table."""
-    group.show_progress("exporting")
-    reports = ExportSession(checkpoint, plan, run, group).run()
-    if group.rank == 0:
-        print(report.closing_text(plan, run.output, reports), flush=True)
+    session.group.show_progress("exporting")
+    reports = session.run()
+    if session.group.rank == 0:
+        print(report.closing_text(session.job, session.options.output, reports), flush=True)
     return 0

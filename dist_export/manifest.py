@@ -21,7 +21,6 @@ class RankReport:
     """What one process did. Exchanged as JSON; sizes in bytes, times in seconds."""
 
     rank: int
-    plan_digest: str
     bytes_needed: int = 0
     bytes_read: int = 0
     bytes_read_by_calls: int = 0
@@ -32,6 +31,11 @@ class RankReport:
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, list[list[int]]] = field(default_factory=dict)
     """"file/tensor" numbers -> [[offset, length, crc32], …], neighbours merged."""
+
+    @property
+    def memory_growth(self) -> int:
+        """Peak resident size above that before the work began, in bytes."""
+        return max(self.peak_memory - self.memory_at_start, 0)
 
     def encode(self) -> bytes:
         """As bytes for another rank."""
@@ -56,14 +60,14 @@ def merge_runs(reports: Iterable[RankReport]) -> dict[str, list[Run]]:
     return merged
 
 
-def file_entries(plan: ExportPlan, runs: Mapping[str, list[Run]]) -> dict[str, object]:
-    """Per output file its size and tensors with checksums.
+def file_entries(plan: ExportPlan, numbers: range, runs: Mapping[str, list[Run]]) -> dict[str, object]:
+    """Per output file its size and tensors with checksums. `numbers` are the job's numbers of the plan's files.
 
     Raises `ExportError` naming every tensor of which some byte was not written, or written twice.
     """
     faults = Faults("the export is not whole")
     files: dict[str, object] = {}
-    for number, shard in plan.shards().items():
+    for number, shard in zip(numbers, plan.shards().values(), strict=True):
         tensors = {}
         for index, tensor in enumerate(shard.tensors):
             where = f"{shard.file_name}: {tensor.name}"
@@ -98,10 +102,10 @@ def build_manifest(
             "elements_left_out": dict(left_out),
         },
         "target": {
-            "name": "trtllm",
+            "name": plan.target,
             "architecture": plan.architecture,
             "family": plan.family.name,
-            "releases": list(plan.releases),
+            **{name: fact for name, fact in plan.facts.items() if name != "next"},
             "plan_digest": plan.digest(),
         },
         "model": {
@@ -116,4 +120,4 @@ def build_manifest(
 
 def run_statistics(reports: Iterable[RankReport]) -> list[dict[str, object]]:
     """Per process what it read, wrote and used."""
-    return [{k: v for k, v in asdict(report).items() if k not in ("runs", "plan_digest")} for report in reports]
+    return [{k: v for k, v in asdict(report).items() if k != "runs"} for report in reports]

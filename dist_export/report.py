@@ -9,8 +9,9 @@ from typing import Any
 
 from dist_export.api import OpenedModel
 from dist_export.manifest import RankReport
-from dist_export.plan.export import ExportPlan
+from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import make_placement, work_of
+from dist_export.plan.shard import ShardPlan
 from dist_export.plan.work import collect_uses
 from dist_export.runtime.progress import format_bytes, format_rate
 
@@ -84,65 +85,70 @@ def inspection_text(model: OpenedModel) -> str:
     return "\n".join(parts + _notes(facts["notes"]))
 
 
-def plan_summary(model: OpenedModel, plan: ExportPlan, left_out: Mapping[str, int]) -> dict[str, Any]:
+def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Everything ``plan`` knows; sizes in bytes."""
-    shards = plan.shards()
-    slabs, _ = collect_uses(shards, plan.catalog.tensors)
-    placement = make_placement([0] * plan.num_files, [shard.num_data_bytes for shard in shards.values()])
-    work = [work_of(rank, placement, slabs) for rank in range(plan.num_files)]
+    shards = job.shards()
+    slabs, _ = collect_uses(shards, job.catalog.tensors)
+    placement = make_placement([0] * len(shards), [shard.num_data_bytes for shard in shards.values()])
+    reads = [sum(i.num_bytes_needed for i in work_of(n, placement, slabs)) for n in range(len(shards))]
     return {
         "source": str(model.checkpoint.index.folder),
-        "architecture": plan.architecture,
-        "family": plan.family.name,
-        "releases": list(plan.releases),
-        "layout": {"tp": plan.layout.tp_size, "pp": plan.layout.pp_size, "layers": list(plan.layout.layers_per_stage)},
-        "digest": plan.digest(),
-        "config": dict(plan.config),
-        "notes": list(plan.notes),
-        "elements_left_out": dict(left_out),
-        "ranks": [
+        "digest": job.digest(),
+        "targets": [
             {
-                "file": shard.file_name,
-                "num_tensors": len(shard.tensors),
-                "bytes_written": len(shard.header) + shard.num_data_bytes,
-                "bytes_read": sum(item.num_bytes_needed for item in work[rank]),
-                "tensors": [
-                    {
-                        "name": t.name,
-                        "shape": list(t.shape),
-                        "dtype": t.dtype.name,
-                        "offset": t.offset,
-                        "steps": list(t.steps),
-                        "sources": sorted({str(p.slab) for p in t.view.pieces if p.slab}),
-                    }
-                    for t in shard.tensors
-                ],
+                "name": plan.target,
+                "folder": plan.folder,
+                "architecture": plan.architecture,
+                "family": plan.family.name,
+                "facts": {name: fact for name, fact in plan.facts.items() if name != "next"},
+                "options": dict(plan.options),
+                "config": dict(plan.config),
+                "notes": list(plan.notes),
+                "elements_left_out": dict(left_out[plan.target]),
+                "files": [_file_summary(shards[number], reads[number]) for number in job.numbered(plan)],
             }
-            for rank, shard in shards.items()
+            for plan in job.plans
         ],
+    }
+
+
+def _file_summary(shard: ShardPlan, bytes_read: int) -> dict[str, Any]:
+    tensors = [
+        {
+            "name": t.name,
+            "shape": list(t.shape),
+            "dtype": t.dtype.name,
+            "offset": t.offset,
+            "steps": list(t.steps),
+            "sources": sorted({str(p.slab) for p in t.view.pieces if p.slab}),
+        }
+        for t in shard.tensors
+    ]
+    return {
+        "file": shard.file_name,
+        "bytes_written": len(shard.header) + shard.num_data_bytes,
+        "bytes_read": bytes_read,
+        "tensors": tensors,
     }
 
 
 def plan_text(summary: Mapping[str, Any]) -> str:
     """``plan`` for people."""
-    layout = summary["layout"]
-    head = [
-        ("checkpoint", summary["source"]),
-        ("model", f"{summary['family']} -> {summary['architecture']}"),
-        ("valid in", f"TensorRT-LLM {summary['releases'][0]} to {summary['releases'][-1]}"),
-        ("layout", f"tp {layout['tp']} x pp {layout['pp']}, layers per stage {layout['layers']}"),
-        ("plan", summary["digest"][:16]),
-    ]
-    ranks: list[tuple[object, ...]] = [("file", "tensors", "reads", "writes")]
-    ranks += [
-        (rank["file"], rank["num_tensors"], format_bytes(rank["bytes_read"]), format_bytes(rank["bytes_written"]))
-        for rank in summary["ranks"]
-    ]
-    left_out = [f"left out: {count} elements, {reason}" for reason, count in summary["elements_left_out"].items()]
-    return "\n".join([table(head), "", table(ranks), *_notes([*left_out, *summary["notes"]])])
+    lines = [table([("checkpoint", summary["source"]), ("plan", summary["digest"][:16])])]
+    for target in summary["targets"]:
+        head = [("target", target["name"]), ("model", f"{target['family']} -> {target['architecture']}")]
+        files: list[tuple[object, ...]] = [("file", "tensors", "reads", "writes")]
+        for file in target["files"]:
+            sizes = format_bytes(file["bytes_read"]), format_bytes(file["bytes_written"])
+            files.append((file["file"], len(file["tensors"]), *sizes))
+        lines += ["", table([*head, *target["facts"].items()]), "", table(files)]
+        left_out = target["elements_left_out"].items()
+        lines += _notes([f"left out: {count} elements, {reason}" for reason, count in left_out])
+        lines += _notes(target["notes"])
+    return "\n".join(lines)
 
 
-def closing_text(plan: ExportPlan, output: Path, reports: Sequence[RankReport]) -> str:
+def closing_text(job: ExportJob, output: Path, reports: Sequence[RankReport]) -> str:
     """The table at the end of an export, and the next command to run."""
     seconds = max(report.seconds.get("transfer", 0.0) for report in reports)
     rows: list[tuple[object, ...]] = [("process", "needed", "read", "from disk", "written", "memory", "seconds")]
@@ -153,18 +159,21 @@ def closing_text(plan: ExportPlan, output: Path, reports: Sequence[RankReport]) 
             f"{format_bytes(report.bytes_read)} ({report.bytes_read / max(report.bytes_needed, 1):.3f}x)",
             format_bytes(report.bytes_read_from_disk),
             format_bytes(report.bytes_written),
-            f"{format_bytes(report.peak_memory)} (+{format_bytes(max(report.peak_memory - report.memory_at_start, 0))})",
+            f"{format_bytes(report.peak_memory)} (+{format_bytes(report.memory_growth)})",
             f"{report.seconds.get('transfer', 0.0):.2f}",
         )
         for report in reports
     ]
     written = sum(report.bytes_written for report in reports)
+    models = ", ".join(f"{plan.architecture} ({plan.facts['layout']})" for plan in job.plans)
     lines = [
-        f"exported {plan.family.name} as {plan.architecture}, {plan.layout}, to {output}",
+        f"exported {job.plans[0].family.name} as {models} to {output}",
         table(rows),
         f"  {format_bytes(written)} in {seconds:.2f} s, {format_rate(written / max(seconds, 1e-9))}",
     ]
-    return "\n".join(lines + _notes(plan.notes) + [f"next: trtllm-build --checkpoint_dir {output} --output_dir ENGINES"])
+    lines += _notes(dict.fromkeys(note for plan in job.plans for note in plan.notes))
+    folders = ((plan, output / plan.folder if plan.folder != "." else output) for plan in job.plans)
+    return "\n".join(lines + [f"next: {plan.facts['next'].format(output=folder)}" for plan, folder in folders])
 
 
 def _notes(notes: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dist_export.checkpoint.open import Checkpoint
@@ -21,7 +21,7 @@ from dist_export.convert.outputs import OutputFile
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
 from dist_export.manifest import RankReport, build_manifest, file_entries, merge_runs, run_statistics
-from dist_export.plan.export import ExportPlan, validate
+from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
 from dist_export.runtime import publication
@@ -42,26 +42,45 @@ class RunOptions:
     """For value operations: ``auto`` (a GPU where there is one), ``cpu`` or a torch device."""
 
 
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What rank 0 tells all ranks before the work: who runs where, and what every file must be."""
+
+    hosts: list[str]
+    costs: list[int]
+    """Bytes of every file."""
+    digests: list[str]
+    """Plan digest of every file."""
+
+    def placement(self) -> Placement:
+        """Who makes which file."""
+        return make_placement([self.hosts.index(host) for host in self.hosts], self.costs)
+
+
 @dataclass(slots=True)
 class ExportSession:
     """The state of one run in one process."""
 
     checkpoint: Checkpoint
-    plan: ExportPlan
+    job: ExportJob
     options: RunOptions
     group: Group
+    request: Mapping[str, object] = field(default_factory=dict)
+    """How the export was asked for, kept in the manifest."""
     report: RankReport = field(init=False)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.report = RankReport(self.group.rank, self.plan.digest(), memory_at_start=Usage.now().memory)
+        self.report = RankReport(self.group.rank, memory_at_start=Usage.now().memory)
 
     def run(self) -> list[RankReport]:
         """Export and publish. Returns every rank's report on rank 0, an empty list elsewhere. All ranks call it."""
         group, started = self.group, Usage.now()
         group.check()
-        staging = self._prepare()
+        placement = self._agree()
+        staging = publication.staging_folder(self.options.output)
         try:
-            items, fills, placement = self._work()
+            items, fills = self._work(placement)
             with self._phase("transfer"):
                 executor = self._transfer(staging, items, fills, placement)
             self._fill_report(executor, started)
@@ -75,50 +94,59 @@ class ExportSession:
         group.barrier("published")
         return reports
 
-    def _prepare(self) -> Path:
-        """Rank 0 validates the plan and stages the output; every rank then agrees on the plan."""
-        output = self.options.output
-        if self.group.rank == 0:
-            publication.check_output(output, overwrite=self.options.overwrite)
-            self.left_out = validate(self.plan)
-            publication.create_staging(output)
-        digest = self.group.broadcast("plan digest", self.report.plan_digest.encode()).decode()
-        if digest != self.report.plan_digest:
-            raise ExportError(
-                f"rank {self.group.rank} made another plan than rank 0 (digests {self.report.plan_digest[:12]} and "
-                f"{digest[:12]}): the processes see different checkpoints or were given different options"
+    def _agree(self) -> Placement:
+        """Rank 0 validates the plan and stages the output; every rank then knows its part of the same plan."""
+        hosts = self.group.gather("hosts", socket.gethostname().encode())
+        message = None
+        if hosts is not None:
+            publication.check_output(self.options.output, overwrite=self.options.overwrite)
+            self.left_out = self.job.validate()
+            shards = self.job.shards().values()
+            agreement = Agreement(
+                [host.decode() for host in hosts],
+                [shard.num_data_bytes for shard in shards],
+                [shard.digest() for shard in shards],
             )
-        return publication.staging_folder(output)
+            folders = [plan.folder for plan in self.job.plans]
+            publication.create_staging(self.options.output, folders)
+            message = json.dumps(asdict(agreement)).encode()
+        agreement = Agreement(**json.loads(self.group.broadcast("agreement", message)))
+        placement = agreement.placement()
+        self._compare_digests(agreement, placement)
+        return placement
 
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    def _compare_digests(self, agreement: Agreement, placement: Placement) -> None:
+        for number in placement.files_near(self.group.rank):
+            own = self.job.shard(number).digest()
+            if own != agreement.digests[number]:
+                raise ExportError(
+                    f"rank {self.group.rank} plans {self.job.path(number)} differently from rank 0 (digests {own[:12]} "
+                    f"and {agreement.digests[number][:12]}): the processes see different checkpoints or options"
+                )
 
-    def _work(self) -> tuple[list[WorkItem], list[Fill], Placement]:
-        names = self.group.gather("nodes", socket.gethostname().encode())
-        sent = json.dumps([name.decode() for name in names]).encode() if names else None
-        hosts = json.loads(self.group.broadcast("hosts", sent))
-        nodes = [hosts.index(host) for host in hosts]
-        shards = self.plan.shards()
-        placement = make_placement(nodes, [shard.num_data_bytes for shard in shards.values()])
-        slabs, fills = collect_uses(shards, self.plan.catalog.tensors)
-        items = work_of(self.group.rank, placement, slabs)
-        index = self.checkpoint.index
+    def _work(self, placement: Placement) -> tuple[list[WorkItem], list[Fill]]:
+        """This process's share: only files made on its node are planned."""
+        rank, index = self.group.rank, self.checkpoint.index
+        shards = {number: self.job.shard(number) for number in placement.files_near(rank)}
+        slabs, fills = collect_uses(shards, self.job.catalog.tensors)
+        items = work_of(rank, placement, slabs)
         items.sort(key=lambda item: [(c.file, c.offset) for c in index.chunks(item.slab.name)[:1]])
-        return items, fills_of(self.group.rank, placement, fills), placement
+        return items, fills_of(rank, placement, fills)
 
     def _transfer(
         self, staging: Path, items: list[WorkItem], fills: list[Fill], placement: Placement
     ) -> Executor:
-        shards = self.plan.shards()
         owned = placement.owned_by(self.group.rank)
         for number in owned:
-            shard = shards[number]
-            OutputFile.create(staging / shard.file_name, shard.header, shard.num_data_bytes)
+            shard = self.job.shard(number)
+            OutputFile.create(staging / self.job.path(number), shard.header, shard.num_data_bytes)
         self.group.barrier("files created")
         needed = {use.output.file for item in items for use in item.uses} | {f.output.file for f in fills} | set(owned)
-        outputs = {number: OutputFile(staging / shards[number].file_name) for number in sorted(needed)}
+        outputs = {number: OutputFile(staging / self.job.path(number)) for number in sorted(needed)}
         sources = SourceFiles(self.checkpoint.index)
         self.report.bytes_needed = sum(item.num_bytes_needed for item in items)
-        self.group.progress.add(total=sum(work.num_bytes_written for work in (*items, *fills)))
+        self.group.progress.add(total=sum(item.num_bytes_written for item in items))
+        self.group.progress.add(total=sum(fill.num_bytes_written for fill in fills))
         computed = [use for item in items for use in item.uses if not use.output.planned.moves_only]
         budget = Budget.within(
             self.options.host_memory, num_threads=self.options.num_threads, value_ops=bool(computed)
@@ -156,14 +184,18 @@ class ExportSession:
         self.report.set_runs(executor.ledger.runs())
 
     def _finish(self, staging: Path, reports: list[RankReport]) -> None:
-        """Rank 0: prove that every byte was written, then write manifest and config and publish."""
-        files = file_entries(self.plan, merge_runs(reports))
-        with self._phase("publish"):
-            manifest = build_manifest(self.checkpoint, self.plan, files, left_out=self.left_out)
+        """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
+        runs = merge_runs(reports)
+        for plan in self.job.plans:
+            files = file_entries(plan, self.job.numbered(plan), runs)
+            manifest = build_manifest(self.checkpoint, plan, files, left_out=self.left_out[plan.target])
+            manifest["request"] = {**self.request, "target": plan.target, "options": plan.options}
             manifest["run"] = {"processes": run_statistics(reports)}
-            publication.write_file(staging / publication.MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            publication.write_file(staging / publication.CONFIG, json.dumps(self.plan.config, indent=4) + "\n")
-            publication.publish(self.options.output)
+            documents = {publication.MANIFEST: manifest, **plan.documents()}
+            for name, document in documents.items():
+                publication.write_file(staging / plan.folder / name, json.dumps(document, indent=2) + "\n")
+            publication.sync_folder(staging / plan.folder)
+        publication.publish(self.options.output)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

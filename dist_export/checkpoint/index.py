@@ -2,21 +2,25 @@
 
 Every checkpoint format is reduced to a `CheckpointIndex`; nothing above this layer knows a format.
 The table is columnar: a checkpoint of a large mixture of experts has hundreds of thousands of chunks,
-and as arrays they cost bytes each, not kilobytes.
+and as arrays they cost bytes each, not kilobytes. As one buffer (`CheckpointIndex.to_bytes`) the
+processes of a node map it instead of parsing the checkpoint each.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_export.checkpoint.array_format import Array, Buffer, pack, unpack
 from dist_export.errors import ExportError, Faults
-from dist_export.tensors.boxes import Box, Shape, partition_faults
+from dist_export.tensors.boxes import Box, Shape
 
 Int64 = npt.NDArray[np.int64]
 
@@ -61,25 +65,90 @@ class TensorInfo:
     num_chunks: int
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointIndex:
-    """All model tensors of a checkpoint. Made by a format module, read-only afterwards."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """The arrays of a table: one row per tensor, per box bound, per chunk. Tensors keep their chunks together."""
 
-    folder: Path
-    """Where `files` are."""
-    format: str
-    files: tuple[str, ...]
-    chunks_are_records: bool
-    tensors: Mapping[str, TensorInfo]
-    """Global name, without ``model.``/``module.`` prefixes -> shape and dtype."""
-    objects: Mapping[str, ObjectRecord]
-    ignored: Mapping[str, Ignored]
-    """Reason -> what was left out for it."""
-    _first: Mapping[str, tuple[int, int]]
-    """Global name -> (its first chunk, its first row in `_boxes`)."""
-    _boxes: Int64  # [sum over chunks of ndim, 2]: start and size
-    _places: Int64  # [num_chunks, 3]: file, offset, length
-    _strides: Mapping[int, Shape] = field(default_factory=dict)
+    name_bytes: npt.NDArray[np.uint8]
+    """All names in UTF-8, one after the other."""
+    name_ends: Int64  # [num_tensors]: in name_bytes
+    dtypes: Int64  # [num_tensors]: number in `dtype_names` of the header
+    num_dims: Int64  # [num_tensors]
+    num_chunks: Int64  # [num_tensors]
+    reach: Int64  # [num_tensors]: largest size of a chunk along dim 0
+    shapes: Int64  # [sum of num_dims]
+    boxes: Int64  # [sum of num_chunks x num_dims x 2]: start and size; chunks in order of their starts
+    places: Int64  # [sum of num_chunks x 3]: file, offset, length
+    stride_chunks: Int64  # [chunks with strides]: their numbers, ascending
+    strides: Int64  # [sum of their num_dims]: bytes
+
+    def arrays(self) -> dict[str, Array]:
+        """The columns by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class TensorTable(Mapping[str, TensorInfo]):
+    """Global name -> `TensorInfo`, made when asked for."""
+
+    def __init__(self, columns: Columns, dtype_names: tuple[str, ...]) -> None:
+        self._columns, self._dtype_names = columns, dtype_names
+        ends = columns.name_ends.tolist()
+        text, starts = columns.name_bytes.tobytes(), [0, *ends[:-1]]
+        names = (text[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=True))
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._shape_starts = _starts(columns.num_dims)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        row = self._rows[name]
+        shape = tuple(self._columns.shapes[self._shape_starts[row] : self._shape_starts[row + 1]].tolist())
+        return TensorInfo(shape, self._dtype_names[self._columns.dtypes[row]], int(self._columns.num_chunks[row]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def row(self, name: str) -> int:
+        """The row of a tensor in the columns."""
+        return self._rows[name]
+
+    def shapes(self) -> dict[str, tuple[Shape, str]]:
+        """Global name -> (shape, dtype name). Equal values are one object: experts are thousands alike."""
+        known: dict[tuple[int, ...], tuple[Shape, str]] = {}
+        sizes, bounds = self._columns.shapes.tolist(), self._shape_starts.tolist()
+        result = {}
+        for row, (name, dtype) in enumerate(zip(self._rows, self._columns.dtypes.tolist(), strict=True)):
+            shape = tuple(sizes[bounds[row] : bounds[row + 1]])
+            key = (dtype, *shape)
+            result[name] = known.setdefault(key, (shape, self._dtype_names[dtype]))
+        return result
+
+
+class CheckpointIndex:
+    """All model tensors of a checkpoint. Made by an `IndexBuilder` or from a buffer; read-only."""
+
+    def __init__(self, header: Mapping[str, Any], columns: Columns) -> None:
+        self._header, self._columns = header, columns
+        self.folder = Path(header["folder"])
+        """Where `files` are."""
+        self.format = str(header["format"])
+        self.files: tuple[str, ...] = tuple(header["files"])
+        self.chunks_are_records = bool(header["chunks_are_records"])
+        self.tensors = TensorTable(columns, tuple(header["dtype_names"]))
+        """Global name, without ``model.``/``module.`` prefixes -> shape and dtype."""
+        self.objects: Mapping[str, ObjectRecord] = {
+            name: ObjectRecord(*place) for name, place in header["objects"].items()
+        }
+        self.ignored: Mapping[str, Ignored] = {reason: Ignored(*what) for reason, what in header["ignored"].items()}
+        """Reason -> what was left out for it."""
+        self._places = columns.places.reshape(-1, 3)
+        self._first_chunks = _starts(columns.num_chunks)
+        self._first_bounds = _starts(columns.num_chunks * columns.num_dims)
+        self._strides = _strides_of(columns)
 
     @property
     def num_chunks(self) -> int:
@@ -96,26 +165,106 @@ class CheckpointIndex:
 
     def shapes(self) -> dict[str, tuple[Shape, str]]:
         """Global name -> (shape, dtype name): what a catalogue is made of."""
-        return {name: (info.shape, info.dtype) for name, info in self.tensors.items()}
+        return self.tensors.shapes()
 
     def chunks(self, name: str, box: Box | None = None) -> list[Chunk]:
-        """The chunks of a tensor that share an element with `box` (all when None)."""
-        info = self.tensors[name]
-        boxes = self._boxes_of(name)
-        rows = range(info.num_chunks) if box is None else _touching(boxes, box)
-        first = self._first[name][0]
-        return [self._chunk(first + row, boxes[row]) for row in rows]
+        """The chunks of a tensor that share an element with `box` (all when None), in order of their starts."""
+        row = self.tensors.row(name)
+        boxes, first = self._boxes_of(row), int(self._first_chunks[row])
+        if box is None:
+            return [self._chunk(first + number, boxes[number]) for number in range(len(boxes))]
+        low, high = self._candidates(row, boxes, box)
+        found = (low + number for number in _touching(boxes[low:high], box))
+        return [self._chunk(first + number, boxes[number]) for number in found]
 
-    def _boxes_of(self, name: str) -> Int64:
+    def first_place(self, name: str, box: Box) -> tuple[int, int]:
+        """(file, offset) of the first chunk that shares an element with `box`: an order to read in."""
+        chunks = self.chunks(name, box)
+        return (chunks[0].file, chunks[0].offset) if chunks else (0, 0)
+
+    def to_bytes(self) -> bytes:
+        """The whole table as one buffer, for `from_buffer` in another process."""
+        return pack(self._header, self._columns.arrays())
+
+    @classmethod
+    def from_buffer(cls, buffer: Buffer, *, origin: str = "shared index") -> CheckpointIndex:
+        """The table in `buffer`, of which no part is copied. `ExportError` when it is not a whole table."""
+        header, arrays = unpack(buffer, origin=origin)
+        missing = set(Columns.__slots__) - arrays.keys()
+        if missing or _inconsistent(header, arrays):
+            raise ExportError(f"{origin}: not a chunk table, or one that was damaged")
+        return cls(header, Columns(**{name: arrays[name] for name in Columns.__slots__}))  # type: ignore[arg-type]
+
+    def _boxes_of(self, row: int) -> Int64:
         """[num_chunks, ndim, 2]"""
-        info, first = self.tensors[name], self._first[name][1]
-        ndim = len(info.shape)
-        return self._boxes[first : first + info.num_chunks * ndim].reshape(info.num_chunks, ndim, 2)
+        first, end = 2 * self._first_bounds[row], 2 * self._first_bounds[row + 1]
+        shape = (int(self._columns.num_chunks[row]), int(self._columns.num_dims[row]), 2)
+        return self._columns.boxes[first:end].reshape(shape)
+
+    def _candidates(self, row: int, boxes: Int64, box: Box) -> tuple[int, int]:
+        """The chunks, in order of their starts, of which none before or behind can touch `box` along dim 0."""
+        if not box.start or len(boxes) < 64:
+            return 0, len(boxes)
+        lowest = box.start[0] - int(self._columns.reach[row]) + 1
+        low = bisect_left(range(len(boxes)), lowest, key=lambda i: int(boxes[i, 0, 0]))
+        end = box.start[0] + box.size[0]
+        return low, bisect_left(range(len(boxes)), end, lo=low, key=lambda i: int(boxes[i, 0, 0]))
 
     def _chunk(self, number: int, bounds: Int64) -> Chunk:
-        file, offset, length = (int(value) for value in self._places[number])
+        file, offset, length = self._places[number].tolist()
         box = Box(tuple(bounds[:, 0].tolist()), tuple(bounds[:, 1].tolist()))
         return Chunk(box, file, offset, length, self._strides.get(number))
+
+
+def make_header(
+    folder: Path,
+    *,
+    format_name: str,
+    files: Iterable[str],
+    chunks_are_records: bool,
+    dtype_names: Iterable[str],
+    objects: Mapping[str, ObjectRecord],
+    ignored: Mapping[str, Ignored],
+) -> dict[str, object]:
+    """The part of a table that is no array, as JSON values."""
+    return {
+        "folder": os.fspath(folder),
+        "format": format_name,
+        "files": list(files),
+        "chunks_are_records": chunks_are_records,
+        "dtype_names": list(dtype_names),
+        "objects": {name: list(asdict(place).values()) for name, place in objects.items()},
+        "ignored": {reason: list(asdict(what).values()) for reason, what in ignored.items()},
+    }
+
+
+def _starts(counts: Int64) -> Int64:
+    """[len + 1]: where each of consecutive runs of `counts` begins, and the end of the last."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+
+
+def _strides_of(columns: Columns) -> dict[int, Shape]:
+    """Chunk number -> its strides."""
+    if not columns.stride_chunks.size:
+        return {}
+    dims = np.repeat(columns.num_dims, columns.num_chunks)[columns.stride_chunks]
+    ends = np.cumsum(dims).tolist()
+    values, chunks = columns.strides.tolist(), columns.stride_chunks.tolist()
+    return {c: tuple(values[end - n : end]) for c, n, end in zip(chunks, dims.tolist(), ends, strict=True)}
+
+
+def _inconsistent(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bool:
+    """Whether the arrays of a buffer do not belong together. Their contents were checked when they were made."""
+    dims, chunks, places = arrays["num_dims"], arrays["num_chunks"], arrays["places"]
+    num_tensors = len(arrays["name_ends"])
+    return (
+        any(len(arrays[name]) != num_tensors for name in ("dtypes", "num_dims", "num_chunks", "reach"))
+        or int(dims.sum()) != len(arrays["shapes"])
+        or 2 * int((dims * chunks).sum()) != len(arrays["boxes"])
+        or 3 * int(chunks.sum()) != len(places)
+        or not {"folder", "format", "files", "chunks_are_records", "dtype_names", "objects", "ignored"} <= header.keys()
+        or (len(places) > 0 and int(places[::3].max()) >= len(header["files"]))
+    )
 
 
 def _touching(boxes: Int64, box: Box) -> list[int]:
@@ -123,92 +272,6 @@ def _touching(boxes: Int64, box: Box) -> list[int]:
     below = boxes[:, :, 0] < start + size
     above = boxes[:, :, 0] + boxes[:, :, 1] > start
     return [int(row) for row in np.nonzero((below & above).all(axis=1))[0]]
-
-
-class IndexBuilder:
-    """Collects tensors and chunks for a `CheckpointIndex` and checks that the chunks tile each tensor."""
-
-    def __init__(self, folder: Path, format_name: str, *, chunks_are_records: bool) -> None:
-        self.folder, self.format, self.chunks_are_records = folder, format_name, chunks_are_records
-        self.objects: dict[str, ObjectRecord] = {}
-        self.faults = Faults(f"{folder}: chunks do not make whole tensors")
-        self._files: dict[str, int] = {}
-        self._tensors: dict[str, TensorInfo] = {}
-        self._first: dict[str, tuple[int, int]] = {}
-        self._boxes: list[Int64] = []
-        self._places: list[tuple[int, int, int]] = []
-        self._strides: dict[int, Shape] = {}
-        self._ignored: dict[str, list[int]] = {}
-        self._num_box_rows = 0
-
-    def file(self, name: str) -> int:
-        """The number of a file, which is registered on first use."""
-        return self._files.setdefault(name, len(self._files))
-
-    def ignore(self, reason: str, *, num_bytes: int) -> None:
-        """Count a tensor that is left out on purpose."""
-        counts = self._ignored.setdefault(reason, [0, 0])
-        counts[0] += 1
-        counts[1] += num_bytes
-
-    def add(self, name: str, shape: Shape, dtype: str, chunks: Sequence[Chunk]) -> None:
-        """Add a tensor. Chunks with equal boxes are replicas: the first is kept."""
-        if name in self._tensors:
-            self.faults.add(f"{name} is there twice, with and without a model. or module. prefix")
-            return
-        chunks = list({(c.box.start, c.box.size): c for c in reversed(chunks)}.values())[::-1]
-        self.faults.extend(f"{name}: {fault}" for fault in tiling_faults([c.box for c in chunks], shape)[:1])
-        self._tensors[name] = TensorInfo(shape, dtype, len(chunks))
-        self._first[name] = (len(self._places), self._num_box_rows)
-        for chunk in chunks:
-            if chunk.strides is not None:
-                self._strides[len(self._places)] = chunk.strides
-            self._places.append((chunk.file, chunk.offset, chunk.length))
-        bounds = np.array([(c.box.start, c.box.size) for c in chunks], np.int64).reshape(len(chunks), 2, len(shape))
-        self._boxes.append(bounds.transpose(0, 2, 1).reshape(-1, 2))
-        self._num_box_rows += len(chunks) * len(shape)
-
-    def build(self) -> CheckpointIndex:
-        """The finished table; `ExportError` with every fault found while adding."""
-        self.faults.raise_if_any()
-        if not self._tensors:
-            raise ExportError(f"{self.folder}: holds no model tensors")
-        return CheckpointIndex(
-            folder=self.folder,
-            format=self.format,
-            files=tuple(self._files),
-            chunks_are_records=self.chunks_are_records,
-            tensors=self._tensors,
-            objects=self.objects,
-            ignored={reason: Ignored(*counts) for reason, counts in self._ignored.items()},
-            _first=self._first,
-            _boxes=np.concatenate(self._boxes) if self._boxes else np.zeros((0, 2), np.int64),
-            _places=np.array(self._places, np.int64).reshape(-1, 3),
-            _strides=self._strides,
-        )
-
-
-def tiling_faults(boxes: Sequence[Box], shape: Shape) -> list[str]:
-    """Why `boxes` do not tile `shape`; empty when they do.
-
-    A grid (every box spans from one cut to the next in every dim) is recognised in linear time; anything
-    else is swept exactly.
-    """
-    return [] if _is_grid(boxes, shape) else partition_faults(boxes, shape)
-
-
-def _is_grid(boxes: Sequence[Box], shape: Shape) -> bool:
-    if len({box.start for box in boxes}) != len(boxes) or not shape:
-        return len(boxes) == 1 and boxes[0].size == shape
-    cuts = [sorted({box.start[dim] for box in boxes}) for dim in range(len(shape))]
-    if math.prod(map(len, cuts)) != len(boxes) or any(cut[0] != 0 for cut in cuts):
-        return False
-    following = [dict(zip(cut, (*cut[1:], size), strict=True)) for cut, size in zip(cuts, shape, strict=True)]
-    return all(
-        a + n == following[dim][a] and n > 0
-        for box in boxes
-        for dim, (a, n) in enumerate(zip(box.start, box.size, strict=True))
-    )
 
 
 def without_wrapper_prefix(name: str) -> str:

@@ -163,6 +163,13 @@ def _finish(self: object, state: dict[str, Any]) -> None:
     state.clear()
 
 
+def _enum_member(cls: object, name: object) -> Unused:
+    """``getattr(cls, name)`` of an enum that does not matter; see `stand_ins.enum_member`."""
+    if cls is not Unused or type(name) is not str:
+        raise TypeError("getattr of something other than an enum and a name")
+    return Unused(name)
+
+
 def _layout(name: object = "") -> str:
     return str(name) if type(name) is str else ""
 
@@ -179,6 +186,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     (_SHARDED, "TensorProperties"): TensorProperties,
     ("torch", "Size"): Callback(flat_size),
     ("torch.serialization", "_get_layout"): Callback(_layout),
+    ("builtins", "getattr"): Callback(_enum_member),
     ("collections", "OrderedDict"): PlannerDict,
     (_METADATA, "StorageMeta"): Unused,
     (_METADATA, "_MEM_FORMAT_ENCODING"): Unused,

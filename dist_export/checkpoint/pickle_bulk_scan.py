@@ -71,7 +71,7 @@ _SHORT_FOLDS = (
 """The shapes a ``.metadata`` is full of; the two expressions below fold the rest."""
 _LONG_FOLDS = (re.compile(rb"\(V*M"), re.compile(rb"V(?:\(V*E)+"))
 _FOLD_WORK = 8  # times the letters may be gone over; honest pickles shrink by a third and more each time
-_MEMOIZED_TUPLES = (b"t", b"\x85", b"\x86", b"\x87")
+_MEMOIZED_TUPLE = re.compile(b"[t\x85\x86\x87]\x94")
 
 
 def bulk_scan(data: bytes, limits: ScanLimits) -> PickleSummary | None:
@@ -86,7 +86,7 @@ def bulk_scan(data: bytes, limits: ScanLimits) -> PickleSummary | None:
     opcodes = b"".join(scan.pieces)
     scan.pieces.clear()
     num_opcodes = len(opcodes) + scan.num_frames + 2  # PROTO and STOP
-    if num_opcodes > limits.max_opcodes or _recalls_tuple(opcodes, scan.different):
+    if num_opcodes > limits.max_opcodes or _recalls_tuple(opcodes, scan.recalled):
         return None
     if not _folds(opcodes.translate(_LETTERS, b"\x94"), limits.max_depth):
         return None
@@ -99,8 +99,8 @@ class _BulkScan:
     limits: ScanLimits
     pieces: list[bytes] = field(default_factory=list)
     """The opcodes so far, one letter each: plain ones as they are, V for those with an argument."""
-    different: set[bytes] = field(default_factory=set)
-    """Different tokens so far."""
+    recalled: set[bytes] = field(default_factory=set)
+    """Different GET tokens so far."""
     names: set[tuple[str, str]] = field(default_factory=set)
     name_strings: dict[int, bytes] = field(default_factory=dict)
     """Memo index -> string, of strings that were part of a name."""
@@ -139,7 +139,7 @@ class _BulkScan:
         if named and any(b"\x93" in token and token[0] in plain for token in different):
             self._resolve_names(tokens)
         self.recent = (self.recent + tokens[-3:])[-3:]
-        self.different |= different
+        self.recalled.update([token for token in different if token[0] in b"hj"])
         piece = b"".join([token if token[0] in plain else value for token in tokens])
         self.num_memoized += piece.count(b"\x94")
         self.pieces.append(piece)
@@ -203,17 +203,18 @@ class _BulkScan:
 
 
 def _recalls_tuple(opcodes: bytes, tokens: set[bytes]) -> bool:
-    """Whether any entry that `tokens` fetch from the memo is a tuple, or cannot be told to be none."""
+    """Whether any entry that the GET `tokens` fetch from the memo is a tuple, or cannot be told to be none."""
     if b"\x94\x94" in opcodes or opcodes[:1] == b"\x94":
         return True
-    pieces = opcodes.split(b"\x94")
-    for token in tokens:
-        if token[0] not in b"hj":
-            continue
-        index = int.from_bytes(token[1:], "little")
-        if index >= len(pieces) - 1 or pieces[index].endswith(_MEMOIZED_TUPLES):
+    recalled = {int.from_bytes(token[1:], "little") for token in tokens}
+    memo, counted = 0, 0  # MEMOIZE opcodes before position `counted`
+    for match in _MEMOIZED_TUPLE.finditer(opcodes):
+        start = match.start()
+        memo += opcodes.count(b"\x94", counted, start)
+        counted = start
+        if memo in recalled:
             return True
-    return False
+    return max(recalled, default=-1) >= opcodes.count(b"\x94")
 
 
 def _folds(letters: bytes, max_passes: int) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import re
 import struct
 import sys
 from _compat_pickle import IMPORT_MAPPING  # type: ignore[import-not-found, unused-ignore]  # private to the library
@@ -26,6 +27,7 @@ from dist_export.checkpoint.stand_ins import (
     StorageRef,
     TensorRef,
     dtype_name,
+    enum_member,
     flat_size,
     rebuild_parameter,
     rebuild_tensor,
@@ -184,11 +186,15 @@ _LIBRARY_NAMES = {
     "dataclasses": {"_MISSING_TYPE"},
 }
 """The only names of the standard library that become inert records; every other one is refused."""
+_SIGNAL = re.compile(r"SIG[A-Z0-9_]{1,16}")
+"""Members of signal.Signals, which Python 3.11.2 pickles as ``signal.SIGTERM`` (saved argument exit_signal)."""
 _LIBRARY_NAMES["_io"] = _LIBRARY_NAMES["io"]
 _LIBRARY_NAMES["pathlib._local"] = _LIBRARY_NAMES["pathlib"]
 
 
 _KNOWN_NAMES: dict[tuple[str, str], Any] = {
+    ("builtins", "getattr"): Callback(enum_member),
+    ("__builtin__", "getattr"): Callback(enum_member),
     ("collections", "OrderedDict"): OrderedItems,
     ("torch", "Size"): Callback(flat_size),
     ("torch._utils", "_rebuild_tensor"): Callback(rebuild_tensor),
@@ -217,7 +223,8 @@ class _StateNames:
             return self._encode_callback
         if (module, name) in (("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor")):
             return self._reconstruct_callback
-        if module.partition(".")[0] in _LIBRARY and name not in _LIBRARY_NAMES.get(module, ()):
+        is_signal = module == "signal" and _SIGNAL.fullmatch(name)
+        if module.partition(".")[0] in _LIBRARY and name not in _LIBRARY_NAMES.get(module, ()) and not is_signal:
             raise ExportError(f"{self._origin}: refused: it names {module}.{name}, which no checkpoint needs")
         return record_class(f"{module}.{name}")
 

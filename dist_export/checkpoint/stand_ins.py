@@ -58,8 +58,8 @@ class Record:
 
     Whatever the pickle does to the instance is stored: constructor arguments in `args` and `kwargs`, its state in
     `state`, appended, added or set items in `items`. A class that is itself a value (a function or a type among
-    saved arguments) is the bare subclass. Enum members are pickled as ``Class(value)``: `args` is ``(value,)``.
-    Compared and hashed by identity.
+    saved arguments) is the bare subclass. Enum members are pickled as ``Class(value)``: `args` is ``(value,)``; or, by
+    Python 3.11.2 for one, by name (see `enum_member`): `kwargs` is ``{"name": name}``. Compared and hashed by identity.
     """
 
     __slots__ = ("args", "items", "kwargs", "state")
@@ -110,6 +110,16 @@ class Record:
 def record_class(kind: str) -> type[Record]:
     """A fresh subclass of `Record` that stands for the class called `kind`."""
     return type("Record", (Record,), {"__slots__": (), "kind": kind, "__module__": Record.__module__})
+
+
+def enum_member(cls: object, name: object) -> Record:
+    """``getattr(cls, name)``, as Python 3.11.0 and its next releases, Debian 12's 3.11.2 among them, pickle enum members.
+
+    Source: enum.py, ``Enum.__reduce_ex__``. Looks nothing up. Raises TypeError unless `cls` is a bare `Record` class.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, Record) or type(name) is not str:
+        raise TypeError("getattr of something other than a class and a name")
+    return cls(name=name)
 
 
 class OrderedItems(dict[Any, Any]):

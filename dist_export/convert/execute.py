@@ -72,6 +72,28 @@ class _Buffer:
         return memoryview(self.memory)[:num_bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Rectangle2D:
+    """Where a block goes in an output tensor: first row, first column, number of rows and columns."""
+
+    row: int
+    column: int
+    num_rows: int
+    num_columns: int
+
+    def transposed(self) -> Rectangle2D:
+        """The same place in the transposed tensor."""
+        return Rectangle2D(self.column, self.row, self.num_columns, self.num_rows)
+
+    def runs(self, width: int) -> Iterator[tuple[int, int, int]]:
+        """(offset in the tensor, length, offset in the block) of its contiguous runs, in elements."""
+        if self.num_columns == width or self.num_rows == 1:
+            yield self.row * width + self.column, self.num_rows * self.num_columns, 0
+            return
+        for line in range(self.num_rows):
+            yield (self.row + line) * width + self.column, self.num_columns, line * self.num_columns
+
+
 class Executor:
     """Does one process's share of a run. Everything it writes is noted in `ledger`."""
 
@@ -164,15 +186,15 @@ class Executor:
         rows = slice(first - tile.rows[0], end - tile.rows[0])
         block = _assembled(parts, rows, (left, right), buffer)
         planned = use.output.planned
+        place = Rectangle2D(use.row + first - top, use.column, *block.shape)
+        width = use.output.width
+        if planned.transposed:
+            block, place = np.ascontiguousarray(block.T), place.transposed()
+            width = planned.shape[-1]
         data = self._target_bytes(planned, block, buffer)
-        width, itemsize = use.output.width, planned.dtype.itemsize
-        row, num_rows, num_columns = use.row + first - top, end - first, right - left
-        if num_columns == width or num_rows == 1:
-            self._write(use, (row * width + use.column) * itemsize, data)
-        else:
-            for line in range(num_rows):
-                part = data[line * num_columns * itemsize : (line + 1) * num_columns * itemsize]
-                self._write(use, ((row + line) * width + use.column) * itemsize, part)
+        for offset, length, start in place.runs(width):
+            size = planned.dtype.itemsize
+            self._write(use, offset * size, data[start * size : (start + length) * size])
         return data.nbytes
 
     def _target_bytes(self, planned: PlannedTensor, block: Block, buffer: _Buffer) -> memoryview:

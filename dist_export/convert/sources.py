@@ -123,7 +123,15 @@ class SourceFiles:
                 f"{path}: the record of {slab.name} {chunk.box} at byte {chunk.offset} holds {record.dtype} "
                 f"{list(record.shape)}, expected {dtype} {list(chunk.box.size)}"
             )
-        return record.offset, tuple(step * dtype.itemsize for step in record.strides)
+        # The step along a dim of one element means nothing, and torch leaves any number there.
+        steps = (step if size > 1 else 1 for step, size in zip(record.strides, record.shape, strict=True))
+        strides = tuple(step * dtype.itemsize for step in steps)
+        if not _rows_or_columns_lie_together(chunk.box.size[-2:], strides[-2:], dtype.itemsize):
+            raise ExportError(
+                f"{path}: the record of {slab.name} {chunk.box} at byte {chunk.offset} has shape {list(record.shape)} "
+                f"and strides {list(record.strides)}: neither its rows nor its columns are contiguous; save it again"
+            )
+        return record.offset, strides
 
     @contextmanager
     def _descriptor(self, file: int) -> Iterator[int]:
@@ -144,6 +152,16 @@ class SourceFiles:
         excess = len(self._opened) - MAX_OPEN_FILES
         for file in [file for file, opened in self._opened.items() if opened.users == 0][: max(excess, 0)]:
             os.close(self._opened.pop(file).descriptor)
+
+
+def _rows_or_columns_lie_together(size: Shape, strides: Shape, itemsize: int) -> bool:
+    """Whether a matrix (or vector) is stored row by row or column by column, which is all that tiles can read."""
+    if len(size) < 2:
+        return True
+    (num_rows, num_columns), (down, across) = size, strides
+    by_rows = across == itemsize and (num_rows == 1 or down >= num_columns * itemsize)
+    by_columns = down == itemsize and (num_columns == 1 or across >= num_rows * itemsize)
+    return by_rows or by_columns
 
 
 @dataclass(slots=True)

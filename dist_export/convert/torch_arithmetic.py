@@ -18,6 +18,7 @@ from dist_export.models.value_ops import ValueOp
 from dist_export.plan.shard import PlannedTensor
 from dist_export.tensors.dtypes import DType
 
+
 @dataclass(slots=True)
 class TorchArithmetic:
     """Applies a planned tensor's value operations and its cast. Any thread may use it."""

@@ -21,5 +21,5 @@ GPT = Family(
     description="LayerNorm: GPT-2, GPT-3 and their kin",
     unmet=unmet,
     source_rules=DENSE_GPT,
-    architectures={"trtllm": "GPTForCausalLM"},
+    architectures={"trtllm": "GPTForCausalLM", "hf": "GPT2LMHeadModel"},
 )

@@ -23,5 +23,5 @@ LLAMA = Family(
     description="RMSNorm, rope, SwiGLU: Llama 2/3.x, Mistral",
     unmet=unmet,
     source_rules=DENSE_GPT,
-    architectures={"trtllm": "LlamaForCausalLM"},
+    architectures={"trtllm": "LlamaForCausalLM", "hf": "LlamaForCausalLM"},
 )

@@ -23,5 +23,5 @@ NEMOTRON = Family(
     description="zero-centred LayerNorm, squared ReLU, rope: GPT-Next, Nemotron-3/4, Minitron",
     unmet=unmet,
     source_rules=DENSE_GPT,
-    architectures={"trtllm": "GPTForCausalLM"},
+    architectures={"trtllm": "GPTForCausalLM", "hf": "NemotronForCausalLM"},
 )

@@ -72,6 +72,8 @@ class TargetRule:
     """A fixed element type (``float32`` routers); None means that of the export."""
     values: ValueOps = no_value_ops
     """Arithmetic from the logical to the target's values."""
+    transposed: bool = False
+    """Stored ``[in, out]``, after joining: the Conv1D of transformers' GPT-2."""
     when: Condition = always
 
 

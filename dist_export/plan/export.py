@@ -1,4 +1,4 @@
-"""The plan of a whole export: one configuration file and one shard plan per output file."""
+"""The plan of an export to one target: its files, its configuration, and the proof that nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,32 +7,57 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from dist_export.errors import Faults
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import unexpected_sources
 from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.rules import Family
-from dist_export.plan.layout import TargetLayout
 from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.plan.work import slab_shape
 from dist_export.tensors.boxes import Box, uncovered_elements
 from dist_export.tensors.views import Slab
 
+CONFIG = "config.json"
 
-@dataclass(frozen=True, slots=True)
+
+class FileMaker(Protocol):
+    """How a target divides its tensors among files: one per rank, or by size."""
+
+    @property
+    def num_files(self) -> int:
+        """The number of files."""
+
+    def make(self, number: int, faults: Faults) -> ShardPlan:
+        """The plan of one file; problems are added to `faults`."""
+
+    def documents(self) -> Mapping[str, object]:
+        """JSON files that describe the tensor files, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportPlan:
-    """Everything an export will write, decided from metadata alone. Frozen; printable; the same on every rank."""
+    """Everything an export to one target will write, decided from metadata alone. The same on every rank."""
 
+    target: str
+    """``trtllm`` or ``hf``."""
+    folder: str = "."
+    """Where it goes within the output: a subfolder when several targets are exported at once."""
     family: Family
     architecture: str
-    releases: tuple[str, ...]
     resolved: ResolvedConfig
-    layout: TargetLayout
     planner: ShardPlanner
+    files: FileMaker
     config: Mapping[str, object]
     """The contents of config.json."""
-    notes: tuple[str, ...]
+    more_documents: Mapping[str, object] = field(default_factory=dict)
+    """Other JSON files, by name."""
+    options: Mapping[str, object]
+    """What the user chose, as plain values: enough to make the plan again."""
+    facts: Mapping[str, str]
+    """Lines for people: layout, releases."""
+    notes: tuple[str, ...] = ()
     _shards: dict[int, ShardPlan] = field(default_factory=dict)
 
     @property
@@ -41,32 +66,32 @@ class ExportPlan:
 
     @property
     def num_files(self) -> int:
-        return self.layout.world_size
+        return self.files.num_files
 
-    def file_name(self, rank: int) -> str:
-        """The output file of a target rank."""
-        return f"rank{rank}.safetensors"
-
-    def shard(self, rank: int) -> ShardPlan:
+    def shard(self, number: int) -> ShardPlan:
         """The plan of one output file, made on first use. `ExportError` names every fault of it."""
-        if rank not in self._shards:
-            faults = Faults(f"the export cannot be planned (target rank {rank})")
-            self._shards[rank] = self.planner.plan(rank, file_name=self.file_name(rank), faults=faults)
+        if number not in self._shards:
+            faults = Faults(f"the export cannot be planned (file {number})")
+            shard = self.files.make(number, faults)
             faults.raise_if_any()
-        return self._shards[rank]
+            self._shards[number] = shard
+        return self._shards[number]
 
     def shards(self) -> dict[int, ShardPlan]:
-        """All shard plans. `ExportError` with the faults of all ranks together."""
+        """All shard plans. `ExportError` with the faults of all files together."""
         faults = Faults("the export cannot be planned")
-        for rank in range(self.num_files):
-            if rank not in self._shards:
-                self._shards[rank] = self.planner.plan(rank, file_name=self.file_name(rank), faults=faults)
+        made = {n: self._shards.get(n) or self.files.make(n, faults) for n in range(self.num_files)}
         faults.raise_if_any()
-        return {rank: self._shards[rank] for rank in range(self.num_files)}
+        self._shards.update(made)
+        return made
+
+    def documents(self) -> dict[str, object]:
+        """Every JSON file but the manifest; config.json is the last."""
+        return {**self.more_documents, **self.files.documents(), CONFIG: self.config}
 
     def digest(self) -> str:
         """SHA-256 over configuration and all shard plans, hexadecimal."""
-        state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        state = hashlib.sha256(json.dumps([self.target, self.config], sort_keys=True).encode())
         for shard in self.shards().values():
             state.update(shard.digest().encode())
         return state.hexdigest()
@@ -83,9 +108,9 @@ def validate(plan: ExportPlan) -> dict[str, int]:
     faults.raise_if_any()
     faults = Faults("the plan is not a partition")
     used: dict[Slab, set[Box]] = defaultdict(set)
-    for rank, shard in plan.shards().items():
+    for shard in plan.shards().values():
         for tensor in shard.tensors:
-            faults.extend(f"rank {rank}: {tensor.name}: {fault}" for fault in tensor.view.faults())
+            faults.extend(f"{shard.file_name}: {tensor.name}: {fault}" for fault in tensor.view.faults())
             for piece in tensor.view.pieces:
                 if piece.slab is not None:
                     size = piece.box.size[len(piece.box.size) - len(piece.source_start) :]

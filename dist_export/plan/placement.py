@@ -2,8 +2,8 @@
 
 Identity is the rule where processes and target ranks agree in number: process R makes target shard R.
 With fewer processes each makes several shards; with more, several processes share a shard's rows.
-Rows that are cut along the input dim for several targets are shared by the processes of a node, so
-that a row is read once and not once per target.
+Rows that several files need a part of are shared by the processes of a node, so that a row is read once
+and not once per file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ class Placement:
     @property
     def num_processes(self) -> int:
         return len(self.node_of_process)
+
+    def files_near(self, process: int) -> list[int]:
+        """Output files made on the node of `process`: those whose rows it may share."""
+        node = self.node_of_process[process]
+        return [
+            file
+            for file, owners in enumerate(self.owners_of_file)
+            if any(self.node_of_process[owner] == node for owner in owners)
+        ]
 
     def owned_by(self, process: int) -> list[int]:
         """Output files that `process` creates and finishes."""
@@ -78,23 +87,37 @@ def _groups(placement: Placement, slab: SlabUses) -> list[tuple[tuple[int, ...],
     by_owners: dict[tuple[int, ...], list[Use]] = {}
     for use in slab.uses:
         by_owners.setdefault(placement.owners_of_file[use.output.file], []).append(use)
-    nodes: dict[int, list[tuple[int, ...]]] = {}
+    nodes: dict[int | tuple[int, ...], list[tuple[int, ...]]] = {}
     for owners in by_owners:
-        nodes.setdefault(placement.node_of_process[owners[0]], []).append(owners)
+        homes = {placement.node_of_process[owner] for owner in owners}
+        # Owners on several nodes share with nobody: each of them plans only the files near itself.
+        nodes.setdefault(homes.pop() if len(homes) == 1 else owners, []).append(owners)
     groups = []
     for owners_here in nodes.values():
         uses = [use for owners in owners_here for use in by_owners[owners]]
-        if len(owners_here) > 1 and _cut_within_rows(slab, uses):
+        if len(owners_here) > 1 and _worth_sharing(slab, uses):
             groups.append((tuple(sorted({p for owners in owners_here for p in owners})), uses))
         else:
             groups += [(owners, by_owners[owners]) for owners in owners_here]
     return groups
 
 
-def _cut_within_rows(slab: SlabUses, uses: Sequence[Use]) -> bool:
-    """Whether the uses take different columns of common rows, and enough of them to be worth sharing."""
-    columns = {use.source[2:] for use in uses}
-    return len(columns) > 1 and sum(use.num_bytes for use in uses) >= SHARE_MIN_BYTES
+def _worth_sharing(slab: SlabUses, uses: Sequence[Use]) -> bool:
+    """Whether several owners would read the same rows, and enough of them to matter.
+
+    They do when they take different columns of the same rows, or when the same elements go to several
+    files: two targets in one pass, a replicated embedding.
+    """
+    if sum(use.num_bytes for use in uses) < SHARE_MIN_BYTES:
+        return False
+    edges = sorted((use.source[0], use.source[1], use.output.file) for use in uses)
+    end, last_file = -1, -1
+    for top, bottom, file in edges:
+        if top < end and file != last_file:
+            return True
+        if bottom > end:
+            end, last_file = bottom, file
+    return False
 
 
 def _share(rows: tuple[int, int], part: int, parts: int) -> tuple[int, int]:
@@ -110,8 +133,7 @@ def _contiguous(num_processes: int, costs: Sequence[int]) -> list[int]:
         left = len(costs) - file
         ideal = int((done + cost / 2) * num_processes / max(total, 1))
         process = max(process, min(ideal, num_processes - 1))
-        if result:
-            process = min(process, result[-1] + 1)
+        process = min(process, result[-1] + 1 if result else 0)
         process = max(process, num_processes - left)
         result.append(process)
         done += cost

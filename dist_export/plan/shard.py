@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.logical import LogicalModel, LogicalTensor
@@ -29,11 +29,14 @@ class PlannedTensor:
     source_dtype: DType
     """Element type of every source piece."""
     values: tuple[ValueOp, ...]
+    transposed: bool = False
+    """Stored with its two dims exchanged; `view` describes it before that."""
     offset: int = 0  # bytes from the start of the data section
 
     @property
     def shape(self) -> Shape:
-        return self.view.shape
+        """As stored."""
+        return self.view.shape[::-1] if self.transposed else self.view.shape
 
     @property
     def num_bytes(self) -> int:
@@ -42,14 +45,15 @@ class PlannedTensor:
 
     @property
     def moves_only(self) -> bool:
-        """Whether bytes are only moved: no arithmetic, no cast."""
+        """Whether bytes are only moved: no arithmetic, no cast. A transposition moves bytes too."""
         return not self.values and self.dtype == self.source_dtype
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The value operations in order, for people and digests."""
         cast = () if self.dtype == self.source_dtype else (f"cast {self.source_dtype} to {self.dtype}",)
-        return tuple(op.value for op in self.values) + cast
+        transposition = ("transpose",) if self.transposed else ()
+        return tuple(op.value for op in self.values) + cast + transposition
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +94,7 @@ def place(tensors: Iterable[PlannedTensor], file_name: str) -> ShardPlan:
     ordered = sorted(tensors, key=lambda tensor: -math.gcd(tensor.num_bytes, DATA_ALIGNMENT))
     placed, offset = [], 0
     for tensor in ordered:
-        placed.append(
-            PlannedTensor(tensor.name, tensor.dtype, tensor.view, tensor.source_dtype, tensor.values, offset)
-        )
+        placed.append(replace(tensor, offset=offset))
         offset += tensor.num_bytes
     return ShardPlan(file_name, tuple(placed))
 
@@ -108,7 +110,11 @@ class ShardPlanner:
     """Element type of tensors whose rule fixes none."""
 
     def plan(self, rank: int, *, file_name: str, faults: Faults) -> ShardPlan:
-        """The plan of target `rank`. Problems are added to `faults`, and the tensors they touch left out."""
+        """Target `rank` as one file. Problems are added to `faults`; the tensors they touch are left out."""
+        return place(self.tensors(rank, faults=faults), file_name)
+
+    def tensors(self, rank: int, *, faults: Faults) -> list[PlannedTensor]:
+        """Every tensor of target `rank`, not yet placed in a file."""
         tensors = []
         for rule, layer, name in self._instances(rank):
             try:
@@ -117,7 +123,7 @@ class ShardPlanner:
                 faults.add(f"rank {rank}: {name}: {error}")
         counts = Counter(tensor.name for tensor in tensors)
         faults.extend(f"rank {rank}: {name} is written {n} times" for name, n in counts.items() if n > 1)
-        return place(tensors, file_name)
+        return tensors
 
     def _instances(self, rank: int) -> Iterator[tuple[TargetRule, int, str]]:
         """(rule, global layer or -1, target name) of every tensor that `rank` holds."""
@@ -144,7 +150,8 @@ class ShardPlanner:
         tp = self.layout.tensor_parallel(rank)
         shards = [p.shard.take(t.view, tp, self.logical.config) for p, t in zip(rule.inputs, found, strict=True)]
         ops = (*(values.pop() if values else ()), *rule.values(self.logical.config))
-        return PlannedTensor(name, dtype, concatenate(shards, 0), source_dtype, composed(ops))
+        view = concatenate(shards, 0)
+        return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed)
 
     def _input(self, part: Input, layer: int) -> LogicalTensor:
         """The logical tensor of an input, or zeros (with no element type of their own) where the rule allows."""

@@ -36,8 +36,9 @@ class OutputTensor:
 
     @property
     def width(self) -> int:
-        """Elements per row."""
-        return self.planned.shape[-1] if self.planned.shape else 1
+        """Elements per row, before a transposition."""
+        shape = self.planned.view.shape
+        return shape[-1] if shape else 1
 
     @property
     def offset(self) -> int:
@@ -163,12 +164,12 @@ def slab_shape(slab: Slab, shape_of: Mapping[str, tuple[Shape, str]]) -> Shape:
 def _use(output: OutputTensor, piece: Piece, shape: Shape) -> Use:
     # A stacked output has one dim more than its source: drop the leading ones, which have size 1.
     size = piece.box.size[len(piece.box.size) - len(shape) :]
-    row, _, column, _ = flat_rectangle(piece.box, output.planned.shape)
+    row, _, column, _ = flat_rectangle(piece.box, output.planned.view.shape)
     return Use(flat_rectangle(Box(piece.source_start, size), shape), output, row, column)
 
 
 def _fills(output: OutputTensor, piece: Piece) -> list[Fill]:
-    top, bottom, left, right = flat_rectangle(piece.box, output.planned.shape)
+    top, bottom, left, right = flat_rectangle(piece.box, output.planned.view.shape)
     if right - left == output.width:
         return [Fill(output, top * output.width, (bottom - top) * output.width)]
     return [Fill(output, row * output.width + left, right - left) for row in range(top, bottom)]

@@ -7,9 +7,9 @@ config.json before everything else is in place. Called by rank 0, except where s
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_export.errors import ExportError
@@ -22,7 +22,12 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def staging_folder(output: Path) -> Path:
-    """Where an export to `output` is staged: a hidden folder beside it, on the same file system."""
+    """Where an export to `output` is staged: a hidden folder beside it, or inside it where it is a mount point.
+
+    Either way on the same file system, so that publishing only renames.
+    """
+    if os.path.ismount(output):
+        return output / ".dist_export"
     return output.parent / f".{output.name}.dist_export"
 
 
@@ -33,26 +38,33 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """
     if not output.parent.is_dir():
         raise ExportError(f"{output}: the folder {output.parent} does not exist; create it first")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise ExportError(f"{output}: no permission to write in {output.parent}")
+    staged_in = staging_folder(output).parent
+    if not os.access(staged_in, os.W_OK | os.X_OK):
+        raise ExportError(f"{output}: no permission to write in {staged_in}")
     if not os.path.lexists(output):
         return
     if not output.is_dir() or output.is_symlink():
         raise ExportError(f"{output}: exists and is not a folder; choose another output")
-    names = {path.name for path in output.iterdir()}
-    if names and not names & {MANIFEST, CONFIG}:
+    names = {path.name for path in output.iterdir()} - {staging_folder(output).name, "lost+found"}
+    if names and not any((folder / name).is_file() for folder in _folders(output) for name in (MANIFEST, CONFIG)):
         raise ExportError(f"{output}: holds files that are not an export; choose another output")
     if names and not overwrite:
         raise ExportError(f"{output}: an export is there already; --overwrite replaces it once the new one is whole")
 
 
-def create_staging(output: Path) -> Path:
-    """An empty staging folder; what an earlier, failed run left there is removed."""
+def _folders(output: Path) -> list[Path]:
+    """The folder itself and those of single targets in it."""
+    return [output, *(path for path in output.iterdir() if path.is_dir())]
+
+
+def create_staging(output: Path, folders: Sequence[str] = (".",)) -> Path:
+    """An empty staging folder with the given subfolders; what an earlier, failed run left there is removed."""
     folder = staging_folder(output)
     try:
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir()
+        for name in (".", *folders):
+            (folder / name).mkdir(exist_ok=True)
     except OSError as error:
         raise ExportError(f"{folder}: cannot create the staging folder: {error.strerror}") from error
     return folder
@@ -79,14 +91,14 @@ def publish(output: Path) -> None:
     folder = staging_folder(output)
     sync_folder(folder)
     try:
-        if output.exists() and any(output.iterdir()):
+        if folder.parent == output:
+            _publish_inside(folder, output)
+        elif output.exists() and any(output.iterdir()):
             _replace(folder, output)
         else:
             os.rename(folder, output)
     except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV):
-            raise ExportError(f"{output}: cannot publish: {error.strerror}; the export is in {folder}") from error
-        _publish_inside(folder, output)
+        raise ExportError(f"{output}: cannot publish: {error.strerror}; the export is in {folder}") from error
     sync_folder(output.parent)
 
 
@@ -121,33 +133,21 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _publish_inside(folder: Path, output: Path) -> None:
-    """For an output that cannot be renamed (a mount point): its config.json goes first, the new one comes last.
+    """For an output that cannot be renamed (a mount point): every config.json goes first and comes last.
 
     In between the folder has none, so nothing in it looks whole.
     """
-    (output / CONFIG).unlink(missing_ok=True)
-    sync_folder(output)
-    names = sorted(path.name for path in folder.iterdir())
-    stale = [path for path in output.glob("rank*.safetensors") if path.name not in names]
-    for path in stale:
-        path.unlink()
-    for name in sorted(names, key=lambda name: name == CONFIG):
-        if name == CONFIG:
-            sync_folder(output)
-        _move(folder / name, output / name)
-    sync_folder(output)
+    for config in [path / CONFIG for path in _folders(output) if path != folder]:
+        config.unlink(missing_ok=True)
+        sync_folder(config.parent)
+    for path in [path for path in output.iterdir() if path != folder and path.name != "lost+found"]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == CONFIG):
+        target = output / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        if path.name == CONFIG:
+            sync_folder(target.parent)
+        os.replace(path, target)
+        sync_folder(target.parent)
     shutil.rmtree(folder)
-
-
-def _move(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(source, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        source.unlink()

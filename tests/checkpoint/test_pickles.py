@@ -68,8 +68,8 @@ def content(metadata: Any) -> tuple[Any, ...]:
         if hasattr(entry, "chunks")
     }
     records = {
-        (index.fqn, None if index.offset is None else tuple(index.offset)): (info.relative_path, info.offset, info.length)
-        for index, info in metadata.storage_data.items()
+        (key.fqn, None if key.offset is None else tuple(key.offset)): (info.relative_path, info.offset, info.length)
+        for key, info in metadata.storage_data.items()
     }
     return list(metadata.state_dict_metadata), tensors, records
 
@@ -132,7 +132,7 @@ class TestMetadata:
     def test_unknown_field_is_refused(self) -> None:
         value = pickle.loads(metadata_pickle(num_chunks=4, plans=False))
         next(iter(value.state_dict_metadata.values())).chunks[0].compression = "zstd"
-        with pytest.raises(ExportError, match="m: .*ChunkStorageMetadata with unknown fields compression"):
+        with pytest.raises(ExportError, match=r"m: .*ChunkStorageMetadata with unknown fields compression"):
             load_metadata_pickle(pickle.dumps(value, 4), origin="m")
 
     @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ class TestMetadata:
             load_metadata_pickle(data, origin="m")
 
     def test_another_pickle(self) -> None:
-        with pytest.raises(ExportError, match="m: not checkpoint metadata: it holds a dict"):
+        with pytest.raises(ExportError, match=r"m: not checkpoint metadata: it holds a dict"):
             load_metadata_pickle(pickle.dumps({"a": 1}), origin="m")
 
 
@@ -229,12 +229,12 @@ class TestState:
             assert isinstance(read, Record)
 
     def test_storages_outside_only_where_expected(self) -> None:
-        with pytest.raises(ExportError, match="s: .*storages outside of it"):
+        with pytest.raises(ExportError, match=r"s: .*storages outside of it"):
             load_state_pickle(saved_pickle(torch.zeros(2)), origin="s", persistent=False)
 
     def test_trailing_bytes(self) -> None:
         data = pickle.dumps([1]) + b"more"
-        with pytest.raises(ExportError, match="s: 4 bytes follow the end"):
+        with pytest.raises(ExportError, match=r"s: 4 bytes follow the end"):
             load_state_pickle(data, origin="s")
         assert load_state_pickle(data, origin="s", allow_trailing=True) == [1]
         assert prescan(data, origin="s", allow_trailing=True).end == len(data) - 4
@@ -255,6 +255,12 @@ class TestPrescan:
     def test_both_walks_agree(self, *, plans: bool) -> None:
         data = metadata_pickle(num_chunks=2000, plans=plans)
         assert bulk_scan(data, METADATA_LIMITS) == _Walk(data, METADATA_LIMITS).run()
+
+    @pytest.mark.parametrize("block", [280, 289, 323, 373, 1024])
+    def test_borders_of_blocks_may_fall_anywhere(self, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+        monkeypatch.setattr("dist_export.checkpoint.pickle_bulk_scan._BLOCK", block)
+        for data in (LARGE, METADATA[0].read_bytes()):
+            assert bulk_scan(data, METADATA_LIMITS) == _Walk(data, METADATA_LIMITS).run()
 
     @pytest.mark.parametrize("wrap", [b"\x85", b"N\x86", b"NN\x87", b"\x94(h\x00t"])
     @pytest.mark.parametrize("padding", [0, 1 << 17])
@@ -432,9 +438,8 @@ class TestHostile:
 
 SMALL = cut_local_plans(METADATA[0].read_bytes())
 LARGE = metadata_pickle(num_chunks=1000, plans=False)
-COMMON = saved_pickle(
-    {"args": argparse.Namespace(a=[1, 2.5], b=io.BytesIO(b"x"), c=torch.float32), "w": torch.nn.Parameter(torch.ones(2))}
-)
+ARGUMENTS = argparse.Namespace(a=[1, 2.5], b=io.BytesIO(b"x"), c=torch.float32)
+COMMON = saved_pickle({"args": ARGUMENTS, "w": torch.nn.Parameter(torch.ones(2))})
 
 
 def flipped(data: bytes, flips: list[tuple[int, int]]) -> bytes:

@@ -129,8 +129,8 @@ class TestRecord:
         assert record.storage.size == 2 * (2**31 + 14)
         assert record.offset % 64 == 0
         assert reads == [4096, 4096]
-        with zipfile.ZipFile(path) as file:
-            sizes = {name.partition("/")[2]: info.file_size for name, info in ((i.filename, i) for i in file.infolist())}
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist()}
         assert sizes["data/0"] == record.storage.size
 
     @pytest.mark.parametrize("path", METADATA, ids=lambda path: path.parts[-3])
@@ -155,12 +155,12 @@ class Subclass(torch.Tensor):
 class TestRefusedRecords:
     def test_tensor_subclass(self) -> None:
         data = saved(torch.zeros(2).as_subclass(Subclass))
-        with pytest.raises(ExportError, match=r"^r: holds an object of torch._tensor._rebuild_from_type_v2 of .*Subclass"):
+        with pytest.raises(ExportError, match=r"^r: holds an object of .*_rebuild_from_type_v2 of .*Subclass"):
             record_of(data)
 
     @pytest.mark.parametrize("value", [[torch.zeros(2)], {"a": 1}, None, torch.zeros(2).to_sparse()])
     def test_anything_but_a_tensor(self, value: object) -> None:
-        with pytest.raises(ExportError, match="^r: holds an? .*expected one plain tensor"):
+        with pytest.raises(ExportError, match=r"^r: holds an? .*expected one plain tensor"):
             record_of(saved(value))
 
     @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def rewritten(data: bytes, changes: dict[str, Any], added: dict[str, bytes] | No
 class TestState:
     def test_shared_buffers_and_plain_values(self) -> None:
         buffer = torch.arange(24, dtype=torch.float32)
-        value = {"step": 3, "model": {"a": buffer[:8].view(2, 4), "b": buffer[8:].view(4, 4).t()}, "c": torch.ones(3)}
-        data = saved(value)
+        model = {"a": buffer[:8].view(2, 4), "b": buffer[8:].view(4, 4).t()}
+        data = saved({"step": 3, "model": model, "c": torch.ones(3)})
         state = read_state(Reader(data), BASE, len(data), origin="s")
         assert state.value["step"] == 3
         assert list(state.storages) == ["0", "1"]
-        for name, tensor in value["model"].items():
+        for name, tensor in model.items():
             ref = state.value["model"][name]
             assert isinstance(ref, TensorRef)
             assert torch.equal(elements(data, state.tensor(ref)), tensor)
@@ -230,19 +230,20 @@ class TestState:
         assert state.storages == {}
 
     def test_tensor_outside_of_the_file_is_named(self) -> None:
-        data = rewritten(saved({"w": torch.zeros(6)}), {"data.pkl": lambda pickled: pickled.replace(b"K\x06", b"K\x07")})
+        changes = {"data.pkl": lambda pickled: pickled.replace(b"K\x06", b"K\x07")}
+        data = rewritten(saved({"w": torch.zeros(6)}), changes)
         state = read_state(Reader(data), BASE, len(data), origin="s")
-        with pytest.raises(ExportError, match="^s: w: storage data/0 has 24 bytes, 28 are declared"):
+        with pytest.raises(ExportError, match=r"^s: w: storage data/0 has 24 bytes, 28 are declared"):
             state.tensor(state.value["w"], name="w")
 
     def test_byte_order(self) -> None:
         data = rewritten(saved([1]), {"byteorder": lambda _: b"big"})
-        with pytest.raises(ExportError, match="^s: byte order b'big'; only little-endian"):
+        with pytest.raises(ExportError, match=r"^s: byte order b'big'; only little-endian"):
             read_state(Reader(data), BASE, len(data), origin="s")
 
     def test_size_limit_of_the_pickle(self) -> None:
         data = saved(["x" * 10_000])
-        with pytest.raises(ExportError, match="^s: data.pkl has 100.. bytes, at most 5000 are accepted"):
+        with pytest.raises(ExportError, match=r"^s: data.pkl has 100.. bytes, at most 5000 are accepted"):
             read_state(Reader(data), BASE, len(data), origin="s", max_pickle_bytes=5000)
 
     def test_no_pickle(self) -> None:
@@ -262,7 +263,7 @@ class TestState:
         def read_at(offset: int, size: int) -> bytes:
             raise OSError(5, "Input/output error")
 
-        with pytest.raises(ExportError, match="^s: cannot be read: Input/output error"):
+        with pytest.raises(ExportError, match=r"^s: cannot be read: Input/output error"):
             read_state(read_at, 0, 1000, origin="s")
 
 
@@ -292,12 +293,12 @@ class TestEntries:
     @pytest.mark.parametrize("keep", [0, 3, 21, 100, 5000, -1, -22, -23, -400])
     def test_cut(self, keep: int) -> None:
         data = saved(torch.arange(2000))[:keep]
-        with pytest.raises(ExportError, match="^z: (is not a zip|does not end as a zip does)"):
+        with pytest.raises(ExportError, match=r"^z: (is not a zip|does not end as a zip does)"):
             read_entries(Reader(data), BASE, len(data), origin="z")
 
     def test_file_shorter_than_announced(self) -> None:
         data = saved(torch.arange(2000))
-        with pytest.raises(ExportError, match="^z: is cut: 4096 bytes wanted"):
+        with pytest.raises(ExportError, match=r"^z: is cut: 4096 bytes wanted"):
             read_entries(Reader(data), BASE, len(data) + 4096, origin="z")
 
     def test_more_after_the_end(self) -> None:
@@ -374,5 +375,5 @@ class TestDamage:
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, len(RECORD) - 1))
     def test_truncation(self, length: int) -> None:
-        with pytest.raises(ExportError, match="^r: "):
+        with pytest.raises(ExportError, match=r"^r: "):
             record_of(RECORD[:length])

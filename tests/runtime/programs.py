@@ -12,8 +12,11 @@ from pathlib import Path
 PROGRAM = Path(__file__).with_name("rank_program.py")
 ROOT = PROGRAM.parents[2]
 
-#: Variables of whatever launcher the tests themselves run under.
-_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC", "SLURM_", "OMPI_", "PMI")
+#: Variables of whatever launcher the tests themselves run under; and output shall be buffered as it is by default.
+_REMOVED = (
+    "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC", "SLURM_", "OMPI_", "PMI",
+    "PYTHONUNBUFFERED",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Ended:
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a fresh shell: without the variables of any launcher."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOVED)}
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 

@@ -159,7 +159,7 @@ def return_code(group: Group) -> int:
 
 def buffered_output(group: Group) -> int:
     """Text that is buffered at the fork appears once."""
-    print(f"rank {group.rank} printed")
+    sys.stdout.write(f"rank {group.rank} printed\n")
     return 0
 
 

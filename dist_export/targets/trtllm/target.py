@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
+from dist_export.errors import Faults
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.layout import TargetLayout
-from dist_export.plan.shard import ShardPlanner
+from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
 from dist_export.targets.trtllm.releases import check_config, parse_release, releases_for, split_layers
 from dist_export.targets.trtllm.tables import TABLES, EmbeddingSharding
 from dist_export.tensors.dtypes import dtype_by_name
 
-DTYPES = ("float32", "float16", "bfloat16")
+NAME = "trtllm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,28 +32,60 @@ class TrtllmOptions:
     release: str | None = None
     """As given to ``--trtllm-version``; None means every release that has the model class."""
 
+    @classmethod
+    def from_plain(cls, values: Mapping[str, object]) -> TrtllmOptions:
+        """Options out of a manifest."""
+        embedding = values.get("embedding")
+        assert isinstance(embedding, Mapping)
+        return cls(**{**values, "embedding": EmbeddingSharding(**embedding)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class RankFiles:
+    """One file per target rank."""
+
+    planner: ShardPlanner
+
+    @property
+    def num_files(self) -> int:
+        return self.planner.layout.world_size
+
+    def make(self, number: int, faults: Faults) -> ShardPlan:
+        """The file of target rank `number`."""
+        return self.planner.plan(number, file_name=f"rank{number}.safetensors", faults=faults)
+
+    def documents(self) -> Mapping[str, object]:
+        """Rank files need no index."""
+        return {}
+
 
 def plan_export(
-    family: Family, resolved: ResolvedConfig, catalog: SourceCatalog, options: TrtllmOptions
+    family: Family, resolved: ResolvedConfig, catalog: SourceCatalog, options: TrtllmOptions, *, folder: str = "."
 ) -> ExportPlan:
     """The export plan, from metadata alone. Raises `ExportError` for anything the target cannot express."""
-    architecture = family.architectures["trtllm"]
+    model, architecture = resolved.config, family.architectures[NAME]
     releases = releases_for(architecture, parse_release(options.release) if options.release else None)
-    stages = split_layers(resolved.config.num_layers, options.pp_size, releases)
+    stages = split_layers(model.num_layers, options.pp_size, releases)
     layout = TargetLayout(options.tp_size, options.pp_size, stages)
-    engine_faults(architecture, resolved.config, layout).raise_if_any()
-    serving = ServingOptions(options.dtype, options.embedding)
-    config = build_config(architecture, resolved.config, layout, serving)
+    engine_faults(architecture, model, layout).raise_if_any()
+    config = build_config(architecture, model, layout, ServingOptions(options.dtype, options.embedding))
     check_config(config, releases)
-    logical = LogicalModel(catalog, family.source_rules, resolved.config)
+    logical = LogicalModel(catalog, family.source_rules, model)
     planner = ShardPlanner(TABLES[architecture](options.embedding), logical, layout, dtype_by_name(options.dtype))
     return ExportPlan(
+        target=NAME,
+        folder=folder,
         family=family,
         architecture=architecture,
-        releases=releases,
         resolved=resolved,
-        layout=layout,
         planner=planner,
+        files=RankFiles(planner),
         config=config,
-        notes=(*resolved.notes, *model_notes(resolved.config)),
+        options=asdict(options),
+        facts={
+            "layout": f"{layout}, layers per stage {', '.join(map(str, layout.layers_per_stage))}",
+            "valid in": f"TensorRT-LLM {' to '.join(dict.fromkeys((releases[0], releases[-1])))}",
+            "next": "trtllm-build --checkpoint_dir {output} --output_dir ENGINES",
+        },
+        notes=(*resolved.notes, *model_notes(model)),
     )

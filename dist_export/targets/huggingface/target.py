@@ -1,0 +1,87 @@
+"""The Hugging Face target: from an opened checkpoint and options to an export plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from dist_export.errors import ExportError, Faults
+from dist_export.models.catalog import SourceCatalog
+from dist_export.models.logical import LogicalModel
+from dist_export.models.provenance import ResolvedConfig
+from dist_export.models.rules import Family
+from dist_export.plan.export import ExportPlan
+from dist_export.plan.layout import TargetLayout
+from dist_export.plan.shard import ShardPlan, ShardPlanner
+from dist_export.targets.huggingface.config import build_config, generation_config, model_faults
+from dist_export.targets.huggingface.files import DEFAULT_FILE_BYTES, INDEX, build_index, name_files, split_files
+from dist_export.targets.huggingface.tables import TABLES
+from dist_export.tensors.dtypes import dtype_by_name
+
+NAME = "hf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFaceOptions:
+    """What the user chooses of a Hugging Face export."""
+
+    dtype: str = "bfloat16"
+    file_bytes: int = DEFAULT_FILE_BYTES
+    """Largest size of one file's tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizedFiles:
+    """All tensors, in as few files as their size allows. Planned as a whole on first use."""
+
+    planner: ShardPlanner
+    most_bytes: int
+    _made: dict[int, ShardPlan] = field(default_factory=dict)
+
+    @property
+    def num_files(self) -> int:
+        return len(self._shards(Faults("the export cannot be planned")))
+
+    def make(self, number: int, faults: Faults) -> ShardPlan:
+        """File `number`; the faults of all of them are added."""
+        return self._shards(faults)[number]
+
+    def documents(self) -> Mapping[str, object]:
+        """The index, which loaders look for only when there are several files."""
+        shards = self._shards(Faults("the export cannot be planned"))
+        return {INDEX: build_index(shards)} if len(shards) > 1 else {}
+
+    def _shards(self, faults: Faults) -> dict[int, ShardPlan]:
+        if not self._made:
+            tensors = self.planner.tensors(0, faults=faults)
+            faults.raise_if_any()
+            self._made.update(name_files(split_files(tensors, self.most_bytes)))
+        return self._made
+
+
+def plan_export(
+    family: Family, resolved: ResolvedConfig, catalog: SourceCatalog, options: HuggingFaceOptions, *, folder: str = "."
+) -> ExportPlan:
+    """The export plan, from metadata alone. Raises `ExportError` for anything the target cannot express."""
+    model = resolved.config
+    if NAME not in family.architectures:
+        raise ExportError(f"the family {family.name} has no Hugging Face architecture; export it with --target trtllm")
+    architecture = family.architectures[NAME]
+    model_faults(architecture, model).raise_if_any()
+    logical = LogicalModel(catalog, family.source_rules, model)
+    layout = TargetLayout(1, 1, (model.num_layers,))
+    planner = ShardPlanner(TABLES[architecture], logical, layout, dtype_by_name(options.dtype))
+    return ExportPlan(
+        target=NAME,
+        folder=folder,
+        family=family,
+        architecture=architecture,
+        resolved=resolved,
+        planner=planner,
+        files=SizedFiles(planner, options.file_bytes),
+        config=build_config(architecture, model, options.dtype),
+        more_documents={"generation_config.json": generation_config()},
+        options=asdict(options),
+        facts={"layout": "Hugging Face folder", "next": "vllm serve {output}"},
+        notes=resolved.notes,
+    )
