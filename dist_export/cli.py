@@ -74,6 +74,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
     run = parser.add_argument_group("running")
     if not launched:
         run.add_argument("--num-processes", type=positive, metavar="N", help="default: target ranks, at most cores")
+    run.add_argument("--resume", action="store_true", help="go on where the same export was stopped, if it was")
     run.add_argument("--overwrite", action="store_true", help="replace an export at OUTPUT once the new one is whole")
     run.add_argument("--host-memory", type=parse_size, default=1 << 30, metavar="SIZE",
                      help="buffers per process, default 1g")  # fmt: skip

@@ -21,6 +21,7 @@ def run_options(options: argparse.Namespace) -> RunOptions:
     return RunOptions(
         output=options.output.absolute(),
         overwrite=options.overwrite,
+        resume=options.resume,
         host_memory=options.host_memory,
         num_threads=options.num_threads,
         device=options.device,

@@ -14,8 +14,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dist_export import __version__
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.execute import Budget, Converter, Executor
+from dist_export.convert.journal import FOLDER as JOURNALS
+from dist_export.convert.journal import (
+    Done,
+    Journal,
+    confirmed,
+    read_fingerprint,
+    read_journals,
+    remove_journals,
+    write_fingerprint,
+)
+from dist_export.convert.ledger import Run, TensorKey, merged
 from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.outputs import OutputFile
 from dist_export.convert.sources import SourceFiles
@@ -25,6 +37,7 @@ from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
 from dist_export.runtime import publication
+from dist_export.runtime.failure import PeerFailedError
 from dist_export.runtime.group import Group
 from dist_export.runtime.usage import Usage
 
@@ -35,6 +48,8 @@ class RunOptions:
 
     output: Path
     overwrite: bool = False
+    resume: bool = False
+    """Go on where an earlier run of the same export was stopped."""
     host_memory: int = 1 << 30
     """Bytes for buffers, per process."""
     num_threads: int = 2
@@ -51,6 +66,10 @@ class Agreement:
     """Bytes of every file."""
     digests: list[str]
     """Plan digest of every file."""
+    attempt: str
+    """Names this run's journals."""
+    resumed: bool
+    """Whether the staging folder holds an earlier run's work."""
 
     def placement(self) -> Placement:
         """Who makes which file."""
@@ -69,6 +88,8 @@ class ExportSession:
     """How the export was asked for, kept in the manifest."""
     report: RankReport = field(init=False)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    staging: publication.Staging | None = None
+    """On rank 0, from the moment it has the lease."""
 
     def __post_init__(self) -> None:
         self.report = RankReport(self.group.rank, memory_at_start=Usage.now().memory)
@@ -77,43 +98,58 @@ class ExportSession:
         """Export and publish. Returns every rank's report on rank 0, an empty list elsewhere. All ranks call it."""
         group, started = self.group, Usage.now()
         group.check()
-        placement = self._agree()
-        staging = publication.staging_folder(self.options.output)
         try:
-            items, fills = self._work(placement)
-            with self._phase("transfer"):
-                executor = self._transfer(staging, items, fills, placement)
+            agreement = self._agree()
+            placement = agreement.placement()
+            self._compare_digests(agreement, placement)
+            executor = self._transfer(agreement, placement)
             self._fill_report(executor, started)
             reports = [RankReport.decode(data) for data in group.gather("reports", self.report.encode()) or ()]
             if group.rank == 0:
-                self._finish(staging, reports)
-        except BaseException:
-            if group.rank == 0:
-                publication.discard_staging(self.options.output)
+                self._finish(reports)
+        except BaseException as error:
+            if self.staging is not None:
+                self.staging.abandon(keep=is_resumable(error))
             raise
         group.barrier("published")
         return reports
 
-    def _agree(self) -> Placement:
+    def _agree(self) -> Agreement:
         """Rank 0 validates the plan and stages the output; every rank then knows its part of the same plan."""
         hosts = self.group.gather("hosts", socket.gethostname().encode())
         message = None
         if hosts is not None:
             publication.check_output(self.options.output, overwrite=self.options.overwrite)
             self.left_out = self.job.validate()
+            self.staging = publication.Staging(self.options.output)
+            resumed = self._prepare_staging(self.staging)
             shards = self.job.shards().values()
             agreement = Agreement(
-                [host.decode() for host in hosts],
-                [shard.num_data_bytes for shard in shards],
-                [shard.digest() for shard in shards],
+                hosts=[host.decode() for host in hosts],
+                costs=[shard.num_data_bytes for shard in shards],
+                digests=[shard.digest() for shard in shards],
+                attempt=self.staging.lease.token,
+                resumed=resumed,
             )
-            folders = [plan.folder for plan in self.job.plans]
-            publication.create_staging(self.options.output, folders)
             message = json.dumps(asdict(agreement)).encode()
-        agreement = Agreement(**json.loads(self.group.broadcast("agreement", message)))
-        placement = agreement.placement()
-        self._compare_digests(agreement, placement)
-        return placement
+        return Agreement(**json.loads(self.group.broadcast("agreement", message)))
+
+    def _prepare_staging(self, staging: publication.Staging) -> bool:
+        """Rank 0: keep what an earlier run of the same export wrote, or start afresh. Returns whether it is kept."""
+        fingerprint = {"job": self.job.digest(), "source": self.checkpoint.fingerprint(), "version": __version__}
+        there = read_fingerprint(staging.folder) if self.options.resume else None
+        if there is not None and there != fingerprint:
+            changed = ", ".join(key for key, value in fingerprint.items() if there.get(key) != value)
+            raise ExportError(
+                f"{self.options.output}: cannot resume, since what is exported has changed ({changed}); "
+                "start again without --resume"
+            )
+        if there is None:
+            staging.clear()
+            write_fingerprint(staging.folder, fingerprint)
+            for plan in self.job.plans:
+                (staging.folder / plan.folder).mkdir(exist_ok=True)
+        return there is not None
 
     def _compare_digests(self, agreement: Agreement, placement: Placement) -> None:
         for number in placement.files_near(self.group.rank):
@@ -133,17 +169,64 @@ class ExportSession:
         items.sort(key=lambda item: [(c.file, c.offset) for c in index.chunks(item.slab.name)[:1]])
         return items, fills_of(rank, placement, fills)
 
-    def _transfer(
-        self, staging: Path, items: list[WorkItem], fills: list[Fill], placement: Placement
-    ) -> Executor:
-        owned = placement.owned_by(self.group.rank)
-        for number in owned:
-            shard = self.job.shard(number)
-            OutputFile.create(staging / self.job.path(number), shard.header, shard.num_data_bytes)
+    def _transfer(self, agreement: Agreement, placement: Placement) -> Executor:
+        """Do this process's share of the work. What it owns is on disk when it returns."""
+        staging, rank = publication.staging_folder(self.options.output), self.group.rank
+        items, fills = self._work(placement)
+        owned = placement.owned_by(rank)
+        found = self._create_files(staging, owned, resumed=agreement.resumed)
+        done = self._share_done(found) if agreement.resumed else {}
         self.group.barrier("files created")
         needed = {use.output.file for item in items for use in item.uses} | {f.output.file for f in fills} | set(owned)
         outputs = {number: OutputFile(staging / self.job.path(number)) for number in sorted(needed)}
-        sources = SourceFiles(self.checkpoint.index)
+        journal = Journal(staging / JOURNALS / f"{rank:05d}-{agreement.attempt}.txt")
+        executor = self._executor(outputs, items, fills)
+        executor.done, executor.journal = Done(done), journal
+        for key, runs in found.items():
+            executor.ledger.take_over(key, runs)
+        try:
+            with self._phase("transfer"):
+                executor.run(items, fills)
+            with self._phase("sync"):
+                self.group.barrier("files written")
+                for number in owned:
+                    outputs[number].finish()
+        finally:
+            journal.close()
+            executor.sources.close()
+            for output in outputs.values():
+                output.close()
+        self.report.bytes_read = executor.sources.num_bytes_read
+        self.report.bytes_written = sum(output.num_bytes_written for output in outputs.values())
+        return executor
+
+    def _create_files(self, staging: Path, owned: Sequence[int], *, resumed: bool) -> dict[TensorKey, list[Run]]:
+        """Create the files this process owns; those of an earlier run stay. Returns their confirmed runs."""
+        noted = read_journals(staging) if resumed else {}
+        found: dict[TensorKey, list[Run]] = {}
+        for number in owned:
+            shard, path = self.job.shard(number), staging / self.job.path(number)
+            header = shard.header
+            if not path.exists():
+                OutputFile.create(path, header, shard.num_data_bytes)
+                continue
+            OutputFile.restore(path, header, shard.num_data_bytes)
+            for index, tensor in enumerate(shard.tensors):
+                runs = noted.get((number, index), ())
+                found[number, index] = list(confirmed(path, len(header) + tensor.offset, runs))
+        return found
+
+    def _share_done(self, found: Mapping[TensorKey, Sequence[Run]]) -> dict[TensorKey, list[Run]]:
+        """Every rank learns what all files hold already, since ranks of a node share work."""
+        mine = json.dumps([[*key, merged(runs)] for key, runs in found.items() if runs]).encode()
+        gathered = self.group.gather("found", mine)
+        whole = [entry for each in gathered for entry in json.loads(each)] if gathered is not None else None
+        told = self.group.broadcast("done", None if whole is None else json.dumps(whole).encode())
+        return {(file, index): [(run[0], run[1], run[2]) for run in runs] for file, index, runs in json.loads(told)}
+
+    def _executor(
+        self, outputs: Mapping[int, OutputFile], items: Sequence[WorkItem], fills: Sequence[Fill]
+    ) -> Executor:
         self.report.bytes_needed = sum(item.num_bytes_needed for item in items)
         self.group.progress.add(total=sum(item.num_bytes_written for item in items))
         self.group.progress.add(total=sum(fill.num_bytes_written for fill in fills))
@@ -151,19 +234,10 @@ class ExportSession:
         budget = Budget.within(
             self.options.host_memory, num_threads=self.options.num_threads, value_ops=bool(computed)
         )
-        executor = Executor(sources, outputs, budget=budget, observer=_Watcher(self.group))
+        executor = Executor(
+            SourceFiles(self.checkpoint.index), outputs, budget=budget, observer=_Watcher(self.group)
+        )
         executor.converter = self._converter(computed) if computed else None
-        try:
-            executor.run(items, fills)
-            self.group.barrier("files written")
-            for number in owned:
-                outputs[number].finish()
-        finally:
-            sources.close()
-            for output in outputs.values():
-                output.close()
-        self.report.bytes_read = sources.num_bytes_read
-        self.report.bytes_written = sum(output.num_bytes_written for output in outputs.values())
         return executor
 
     def _converter(self, uses: Sequence[Use]) -> Converter:
@@ -183,25 +257,34 @@ class ExportSession:
         self.report.peak_memory = now.peak_memory
         self.report.set_runs(executor.ledger.runs())
 
-    def _finish(self, staging: Path, reports: list[RankReport]) -> None:
+    def _finish(self, reports: list[RankReport]) -> None:
         """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
+        assert self.staging is not None
         runs = merge_runs(reports)
-        for plan in self.job.plans:
-            files = file_entries(plan, self.job.numbered(plan), runs)
-            manifest = build_manifest(self.checkpoint, plan, files, left_out=self.left_out[plan.target])
+        files = [file_entries(plan, self.job.numbered(plan), runs) for plan in self.job.plans]
+        folder = self.staging.finish()
+        remove_journals(folder)
+        for plan, entries in zip(self.job.plans, files, strict=True):
+            manifest = build_manifest(self.checkpoint, plan, entries, left_out=self.left_out[plan.target])
             manifest["request"] = {**self.request, "target": plan.target, "options": plan.options}
             manifest["run"] = {"processes": run_statistics(reports)}
-            documents = {publication.MANIFEST: manifest, **plan.documents()}
-            for name, document in documents.items():
-                publication.write_file(staging / plan.folder / name, json.dumps(document, indent=2) + "\n")
-            publication.sync_folder(staging / plan.folder)
-        publication.publish(self.options.output)
+            for name, document in {publication.MANIFEST: manifest, **plan.documents()}.items():
+                publication.write_file(folder / plan.folder / name, json.dumps(document, indent=2) + "\n")
+            publication.sync_folder(folder / plan.folder)
+        publication.publish(folder, self.options.output)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         begun = time.monotonic()
         yield
         self.report.seconds[name] = time.monotonic() - begun
+
+
+def is_resumable(error: BaseException) -> bool:
+    """Whether what was written is worth keeping: the run was stopped, rather than its input being at fault."""
+    if isinstance(error, PeerFailedError):
+        return error.failure.kind != "input"
+    return not isinstance(error, ExportError)
 
 
 @dataclass(frozen=True, slots=True)

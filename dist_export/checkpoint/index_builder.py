@@ -146,6 +146,9 @@ def _order(starts: Sequence[Shape], sizes: Sequence[Shape]) -> list[int]:
 def _tiling_faults(starts: Sequence[Shape], sizes: Sequence[Shape], shape: Shape) -> list[str]:
     if _is_grid(starts, sizes, shape):
         return []
+    wrong = next((box for box in chain(starts, sizes) if len(box) != len(shape)), None)
+    if wrong is not None:
+        return [f"a chunk has {len(wrong)} dims, expected those of the shape {list(shape)}"]
     return partition_faults([Box(start, size) for start, size in zip(starts, sizes, strict=True)], shape)
 
 
@@ -193,5 +196,7 @@ def _is_large_grid(starts: Sequence[Shape], sizes: Sequence[Shape], shape: Shape
         if size[:, dim].min() < 1:
             return False
         cells *= len(cuts)
+        if cells > len(start):
+            return False
         number = number * len(cuts) + position
     return cells == len(start) and len(np.unique(number)) == cells

@@ -163,10 +163,11 @@ def _finish(self: object, state: dict[str, Any]) -> None:
     state.clear()
 
 
-def _enum_member(cls: object, name: object) -> Unused:
+def _enum_member(*args: object) -> Unused:
     """``getattr(cls, name)`` of an enum that does not matter; see `stand_ins.enum_member`."""
+    cls, name = args if len(args) == 2 else (None, None)
     if cls is not Unused or type(name) is not str:
-        raise TypeError("getattr of something other than an enum and a name")
+        raise TypeError("refused: it names builtins.getattr, and not for a member of an enum")
     return Unused(name)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
-import re
+import signal
 import struct
 import sys
 from _compat_pickle import IMPORT_MAPPING  # type: ignore[import-not-found, unused-ignore]  # private to the library
@@ -186,8 +186,6 @@ _LIBRARY_NAMES = {
     "dataclasses": {"_MISSING_TYPE"},
 }
 """The only names of the standard library that become inert records; every other one is refused."""
-_SIGNAL = re.compile(r"SIG[A-Z0-9_]{1,16}")
-"""Members of signal.Signals, which Python 3.11.2 pickles as ``signal.SIGTERM`` (saved argument exit_signal)."""
 _LIBRARY_NAMES["_io"] = _LIBRARY_NAMES["io"]
 _LIBRARY_NAMES["pathlib._local"] = _LIBRARY_NAMES["pathlib"]
 
@@ -223,8 +221,9 @@ class _StateNames:
             return self._encode_callback
         if (module, name) in (("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor")):
             return self._reconstruct_callback
-        is_signal = module == "signal" and _SIGNAL.fullmatch(name)
-        if module.partition(".")[0] in _LIBRARY and name not in _LIBRARY_NAMES.get(module, ()) and not is_signal:
+        if module == "signal" and name in signal.Signals.__members__:  # Python 3.11.2 names them so: exit_signal
+            return record_class("signal.Signals")(signal.Signals[name].value)
+        if module.partition(".")[0] in _LIBRARY and name not in _LIBRARY_NAMES.get(module, ()):
             raise ExportError(f"{self._origin}: refused: it names {module}.{name}, which no checkpoint needs")
         return record_class(f"{module}.{name}")
 

@@ -112,13 +112,14 @@ def record_class(kind: str) -> type[Record]:
     return type("Record", (Record,), {"__slots__": (), "kind": kind, "__module__": Record.__module__})
 
 
-def enum_member(cls: object, name: object) -> Record:
-    """``getattr(cls, name)``, as Python 3.11.0 and its next releases, Debian 12's 3.11.2 among them, pickle enum members.
+def enum_member(*args: object) -> Record:
+    """``getattr(cls, name)``: how Python 3.11.2 (Debian 12's) pickles an enum member; enum.py, ``Enum.__reduce_ex__``.
 
-    Source: enum.py, ``Enum.__reduce_ex__``. Looks nothing up. Raises TypeError unless `cls` is a bare `Record` class.
+    Nothing is looked up. Raises TypeError for anything but a bare `Record` class and a string.
     """
+    cls, name = args if len(args) == 2 else (None, None)
     if not isinstance(cls, type) or not issubclass(cls, Record) or type(name) is not str:
-        raise TypeError("getattr of something other than a class and a name")
+        raise TypeError("refused: it names builtins.getattr, and not for a member of an enum")
     return cls(name=name)
 
 

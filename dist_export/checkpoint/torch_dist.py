@@ -9,30 +9,32 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dist_export.checkpoint.ignored import ignored_reason
 from dist_export.checkpoint.index import (
     CheckpointIndex,
-    Chunk,
-    IndexBuilder,
     ObjectRecord,
     check_extents,
     readable_files,
     without_wrapper_prefix,
 )
-from dist_export.checkpoint.pickles import Record, cut_local_plans, load_metadata_pickle
+from dist_export.checkpoint.index_builder import IndexBuilder, Place
+from dist_export.checkpoint.isolation import index_in_child
+from dist_export.checkpoint.metadata_records import ChunkStorageMetadata, TensorStorageMetadata
+from dist_export.checkpoint.pickles import Metadata, load_metadata_pickle
 from dist_export.checkpoint.torch_save import read_state
 from dist_export.errors import ExportError
-from dist_export.tensors.boxes import Box, Shape
+from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import dtype_by_name
 
 FORMAT = "torch_dist"
 COMMON_STATE = "common_state/shard_0_1"
 """Key of the record that holds the common state from Megatron-Core 0.19 on; before, the file common.pt."""
+IN_PROCESS_BYTES = 2 << 20
+"""Largest ``.metadata`` that is parsed without a process of its own. No opcode that the look before parsing lets
+through costs more than about 230 bytes of memory per byte, so the worst such file costs half a gigabyte."""
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -47,19 +49,32 @@ def is_torch_dist(folder: Path) -> bool:
 def read_index(folder: Path) -> CheckpointIndex:
     """The chunk table of an iteration folder. Reads only ``.metadata`` and file sizes.
 
+    A large ``.metadata`` is parsed by a process of its own under a memory limit (`checkpoint.isolation`).
     Raises `ExportError` for a missing or cut file, a pickle that names anything but the metadata classes,
-    and chunks that do not tile their tensors.
+    one that costs more than it may, and chunks that do not tile their tensors.
     """
+    path = folder / ".metadata"
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    index = index_in_child(folder) if num_bytes > IN_PROCESS_BYTES else parse_index(folder)
+    check_extents(index, readable_files(index))
+    return index
+
+
+def parse_index(folder: Path) -> CheckpointIndex:
+    """As `read_index`, in this process and without a look at the files: memory is bounded by the pickle alone."""
     path = folder / ".metadata"
     try:
         data = path.read_bytes()
     except OSError as error:
-        message = f"{path}: {error.strerror}; the checkpoint is unfinished or not all of it was copied"
-        raise ExportError(message) from error
-    metadata = load_metadata_pickle(cut_local_plans(data), origin=str(path))
-    index = _build(folder, metadata)
-    check_extents(index, readable_files(index))
-    return index
+        raise _unreadable(path, error) from error
+    return _build(folder, load_metadata_pickle(data, origin=str(path)))
+
+
+def _unreadable(path: Path, error: OSError) -> ExportError:
+    return ExportError(f"{path}: {error.strerror}; the checkpoint is unfinished or not all of it was copied")
 
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
@@ -85,66 +100,67 @@ def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
     return value
 
 
-def _build(folder: Path, metadata: Any) -> CheckpointIndex:
+def _build(folder: Path, metadata: Metadata) -> CheckpointIndex:
     builder = IndexBuilder(folder, FORMAT, chunks_are_records=True)
     places = _places(builder, metadata, folder)
     for key, entry in metadata.state_dict_metadata.items():
-        size = getattr(entry, "size", None)
         name = without_wrapper_prefix(key)
-        if size is None:
-            (place,) = places.get(key, {}).values() or (None,)
-            if place is None:
-                builder.faults.add(f"{key}: an object without a record")
+        if not isinstance(entry, TensorStorageMetadata):
+            found = list(places.get(key, {}).values())
+            if len(found) == 1:
+                builder.objects[name] = ObjectRecord(*found[0])
             else:
-                builder.objects[name] = ObjectRecord(*place)
+                builder.faults.add(f"{key}: an object with {len(found)} records, expected 1")
             continue
         reason = ignored_reason(name)
-        dtype = _dtype_name(entry.properties)
+        dtype = entry.properties.dtype.removeprefix("torch.")
         if reason:
             itemsize = dtype_by_name(dtype, where=key).itemsize
-            builder.ignore(reason, num_bytes=math.prod(size) * itemsize)
+            builder.ignore(reason, num_bytes=math.prod(entry.size) * itemsize)
         else:
             _add_tensor(builder, name, entry, dtype, places.get(key, {}))
     return builder.build()
 
 
 def _add_tensor(
-    builder: IndexBuilder, name: str, entry: Any, dtype: str, places: Mapping[Shape, tuple[int, int, int]]
+    builder: IndexBuilder, name: str, entry: TensorStorageMetadata, dtype: str, places: Mapping[Shape, Place]
 ) -> None:
-    shape = tuple(entry.size)
-    chunks = []
+    itemsize = dtype_by_name(dtype, where=name).itemsize
+    starts, sizes, found = [], [], []
     for stored in entry.chunks:
-        box = Box(tuple(stored.offsets), tuple(stored.sizes))
-        place = places.get(box.start)
-        if len(box.start) != len(shape) or len(box.size) != len(shape) or not box.inside(shape):
-            builder.faults.add(f"{name}: chunk {box} is outside its shape {list(shape)}")
-        elif place is None:
-            builder.faults.add(f"{name}: chunk {box} has no record in any file")
-        elif place[2] < box.num_elements * dtype_by_name(dtype, where=name).itemsize:
-            builder.faults.add(f"{name}: chunk {box} of {dtype} cannot fit in its record of {place[2]} bytes")
+        place = places.get(stored.offsets)
+        if place is None:
+            builder.faults.add(f"{name}: chunk {_box(stored)} has no record in any file")
+        elif place[2] < math.prod(stored.sizes) * itemsize:
+            builder.faults.add(
+                f"{name}: chunk {_box(stored)} of {dtype} cannot fit in its record of {place[2]} bytes"
+            )
         else:
-            chunks.append(Chunk(box, *place))
-    if len(chunks) == len(entry.chunks):
-        builder.add(name, shape, dtype, chunks)
+            starts.append(stored.offsets)
+            sizes.append(stored.sizes)
+            found.append(place)
+    if len(found) == len(entry.chunks):
+        builder.add_boxes(name, entry.size, dtype, starts=starts, sizes=sizes, places=found)
 
 
-def _places(builder: IndexBuilder, metadata: Any, folder: Path) -> dict[str, dict[Shape, tuple[int, int, int]]]:
-    """Key -> chunk start -> (file number, offset, length)."""
-    places: dict[str, dict[Shape, tuple[int, int, int]]] = defaultdict(dict)
+def _box(stored: ChunkStorageMetadata) -> str:
+    return f"at {list(stored.offsets)} of size {list(stored.sizes)}"
+
+
+def _places(builder: IndexBuilder, metadata: Metadata, folder: Path) -> dict[str, dict[Shape, Place]]:
+    """Key -> chunk start -> place, of everything that is not ignored."""
+    places: dict[str, dict[Shape, Place]] = {
+        key: {} for key in metadata.state_dict_metadata if not ignored_reason(without_wrapper_prefix(key))
+    }
     for entry, info in metadata.storage_data.items():
-        if getattr(info, "transform_descriptors", None):
+        if entry.fqn not in places:
+            continue
+        if info.transform_descriptors:
             raise ExportError(f"{folder}: {entry.fqn} is stored with the transform {info.transform_descriptors!r}")
-        name = str(info.relative_path)
+        name = info.relative_path
         if os.sep in name or name in ("", ".", ".."):
             raise ExportError(f"{folder}: {entry.fqn} is said to be in {name!r}, which is not a file of this folder")
         if info.offset < 0 or info.length <= 0:
             raise ExportError(f"{folder}: {entry.fqn} is said to be at {info.offset} with {info.length} bytes")
-        start = tuple(entry.offset) if entry.offset is not None else ()
-        places[entry.fqn][start] = (builder.file(name), info.offset, info.length)
+        places[entry.fqn][entry.offset or ()] = (builder.file(name), info.offset, info.length)
     return places
-
-
-def _dtype_name(properties: Any) -> str:
-    """The element type's name out of TensorProperties, whatever torch release pickled it."""
-    dtype = properties.dtype if not isinstance(properties, Record) else properties.get("dtype")
-    return str(dtype).removeprefix("torch.")

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dist_export.convert.journal import Done, Journal
 from dist_export.convert.ledger import Ledger
 from dist_export.convert.outputs import WritableFile
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.tiles import Tile, TileRead, cut
 from dist_export.plan.shard import PlannedTensor
-from dist_export.plan.work import Fill, Use, WorkItem
+from dist_export.plan.work import Fill, OutputTensor, Use, WorkItem
 
 Block = npt.NDArray[Any]
 """[rows, columns] of raw elements, as unsigned integers of the element's size."""
@@ -103,6 +104,9 @@ class Executor:
         self.sources, self.outputs, self.budget, self.observer = sources, outputs, budget, observer
         self.ledger = Ledger()
         self.converter: Converter | None = None
+        self.done = Done({})
+        """What an earlier run has written."""
+        self.journal: Journal | None = None
         self._lock = Lock()
 
     def run(self, items: Sequence[WorkItem], fills: Iterable[Fill]) -> None:
@@ -131,11 +135,22 @@ class Executor:
                 tile = next(tiles, None)
             if tile is None:
                 return
+            if self.done and not self._is_missing(tile):
+                continue
             parts = self._read(tile, read_buffer)
             written = sum(self._write_use(tile, use, parts, block_buffer) for use in tile.uses)
             num_rows = tile.rows[1] - tile.rows[0]
             read = sum(r.num_bytes(num_rows, tile.item.dtype.itemsize) for r in tile.reads)
             self.observer.progress(read, written)
+
+    def _is_missing(self, tile: Tile) -> bool:
+        """Whether some byte that the tile writes is not done."""
+        for use in tile.uses:
+            size = use.output.planned.dtype.itemsize
+            for offset, length, _ in _place(tile, use).runs(_width(use)):
+                if self.done.missing(use.output.key, offset * size, length * size):
+                    return True
+        return False
 
     def _read(self, tile: Tile, buffer: _Buffer) -> list[tuple[int, Block]]:
         """(first column, block of the tile's rows) per read."""
@@ -186,15 +201,11 @@ class Executor:
         rows = slice(first - tile.rows[0], end - tile.rows[0])
         block = _assembled(parts, rows, (left, right), buffer)
         planned = use.output.planned
-        place = Rectangle2D(use.row + first - top, use.column, *block.shape)
-        width = use.output.width
         if planned.transposed:
-            block, place = np.ascontiguousarray(block.T), place.transposed()
-            width = planned.shape[-1]
-        data = self._target_bytes(planned, block, buffer)
-        for offset, length, start in place.runs(width):
-            size = planned.dtype.itemsize
-            self._write(use, offset * size, data[start * size : (start + length) * size])
+            block = np.ascontiguousarray(block.T)
+        data, size = self._target_bytes(planned, block, buffer), planned.dtype.itemsize
+        for offset, length, start in _place(tile, use).runs(_width(use)):
+            self._write(use.output, offset * size, data[start * size : (start + length) * size])
         return data.nbytes
 
     def _target_bytes(self, planned: PlannedTensor, block: Block, buffer: _Buffer) -> memoryview:
@@ -207,10 +218,14 @@ class Executor:
             block = packed
         return memoryview(block.reshape(-1).view(np.uint8).data)
 
-    def _write(self, use: Use, offset: int, data: memoryview) -> None:
-        output = use.output
-        self.outputs[output.file].write_at(output.offset + offset, data)
-        self.ledger.note((output.file, output.index), offset, data)
+    def _write(self, output: OutputTensor, offset: int, data: memoryview) -> None:
+        """Write the bytes at `offset` of a tensor, but for those that an earlier run has written."""
+        for first, length in self.done.missing(output.key, offset, data.nbytes):
+            part = data[first - offset : first - offset + length]
+            self.outputs[output.file].write_at(output.offset + first, part)
+            run = self.ledger.note(output.key, first, part)
+            if self.journal is not None:
+                self.journal.note(output.key, run)
 
     def _write_zeros(self, fill: Fill) -> None:
         output, itemsize = fill.output, fill.output.planned.dtype.itemsize
@@ -218,9 +233,21 @@ class Executor:
         zeros = memoryview(bytes(min(left, MIB)))
         while left:
             part = zeros[: min(left, MIB)]
-            self.outputs[output.file].write_at(output.offset + offset, part)
-            self.ledger.note((output.file, output.index), offset, part)
+            self._write(output, offset, part)
             offset, left = offset + part.nbytes, left - part.nbytes
+
+
+def _place(tile: Tile, use: Use) -> Rectangle2D:
+    """Where the part of a use that a tile makes goes in the output tensor."""
+    top, bottom, left, right = use.source
+    first, end = max(top, tile.rows[0]), min(bottom, tile.rows[1])
+    place = Rectangle2D(use.row + first - top, use.column, end - first, right - left)
+    return place.transposed() if use.output.planned.transposed else place
+
+
+def _width(use: Use) -> int:
+    """Elements per row of the output tensor as stored."""
+    return use.output.planned.shape[-1] if use.output.planned.transposed else use.output.width
 
 
 def _assembled(

@@ -30,16 +30,20 @@ class Ledger:
         self._lock = Lock()
         self._since_compaction = 0
 
-    def note(self, key: TensorKey, offset: int, data: memoryview) -> int:
-        """Note that `data` (contiguous bytes) was written at `offset` of a tensor; returns its CRC-32."""
-        checksum = int(crc32(data))
+    def note(self, key: TensorKey, offset: int, data: memoryview) -> Run:
+        """Note that `data` (contiguous bytes) was written at `offset` of a tensor; returns the run."""
+        run = (offset, data.nbytes, int(crc32(data)))
+        self.take_over(key, (run,))
+        return run
+
+    def take_over(self, key: TensorKey, runs: Iterable[Run]) -> None:
+        """Note runs whose checksums are known."""
         with self._lock:
-            self._runs.setdefault(key, []).append((offset, data.nbytes, checksum))
+            self._runs.setdefault(key, []).extend(runs)
             self._since_compaction += 1
             if self._since_compaction >= COMPACT_EVERY:
                 self._runs = {key: merged(runs) for key, runs in self._runs.items()}
                 self._since_compaction = 0
-        return checksum
 
     def runs(self) -> dict[TensorKey, list[Run]]:
         """What was written, neighbours merged."""

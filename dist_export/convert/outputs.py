@@ -52,6 +52,19 @@ class OutputFile:
         except OSError as error:
             raise write_error(path, error) from error
 
+    @staticmethod
+    def restore(path: Path, header: bytes, num_data_bytes: int) -> None:
+        """Make a file that an earlier run began ready to go on: its size and header, whatever became of them."""
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                os.ftruncate(descriptor, len(header) + num_data_bytes)
+                os.pwrite(descriptor, header, 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise write_error(path, error) from error
+
     def write_at(self, offset: int, data: memoryview) -> None:
         """Write all of `data`; `ExportError` says what the disk said."""
         done = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from dist_export.errors import Faults
 from dist_export.tensors.boxes import Shape
@@ -19,7 +20,7 @@ _LAYERS = re.compile(r"^(?P<stack>decoder|mtp)\.layers\.(?:(?P<layer>\d+)\.)?(?P
 _EXPERTS = re.compile(r"^(?P<head>.*\.experts\.experts\.)(?:(?P<expert>\d+)\.)?(?P<rest>.*)$")
 
 Position = tuple[int, int]
-"""(layer, expert); -1 where the name has no such hole."""
+"""(layer, expert); -1 where the name has no such hole, or where the hole is a dim of the stored tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +39,81 @@ class _Stored:
     name: str
     shape: Shape
     dtype: str
-    num_stacked: int  # leading dims that stand for holes
+    num_stacked: int  # leading dims that stand for holes, the last ones of the name
+
+    def prefixes(self) -> Iterator[Shape]:
+        """The leading indices of every slab in it."""
+        return product(*map(range, self.shape[: self.num_stacked]))
+
+    def holds(self, prefix: Shape) -> bool:
+        return all(0 <= index < size for index, size in zip(prefix, self.shape, strict=False))
+
+
+@dataclass(slots=True)
+class _Entry:
+    """All stored tensors of one folded name, by the numbers in their own names."""
+
+    holes: tuple[str, ...]
+    stored: dict[Position, _Stored] = field(default_factory=dict)
+
+    def find(self, layer: int, expert: int) -> tuple[_Stored, Shape] | None:
+        """The stored tensor and the leading indices that hold a position; at most three look-ups."""
+        wanted = tuple(value for value, hole in ((layer, "layer"), (expert, "expert")) if hole in self.holes)
+        numbers = (layer if "layer" in self.holes else -1, expert if "expert" in self.holes else -1)
+        for position in dict.fromkeys((numbers, (numbers[0], -1), (-1, -1))):
+            stored = self.stored.get(position)
+            if stored is not None:
+                prefix = wanted[len(wanted) - stored.num_stacked :]
+                if stored.holds(prefix):
+                    return stored, prefix
+        return None
+
+    def largest(self, hole: str) -> int:
+        """The largest number seen in a hole, -1 when there is none."""
+        if hole not in self.holes:
+            return -1
+        place, axis = self.holes.index(hole), ("layer", "expert").index(hole)
+        return max(
+            stored.shape[place - len(self.holes) + stored.num_stacked] - 1 if position[axis] < 0 else position[axis]
+            for position, stored in self.stored.items()
+        )
+
+    def doubles(self) -> Iterator[tuple[_Stored, _Stored]]:
+        """Pairs of tensors that hold a position both: a stacked one and one with that number in its name."""
+        for position, stored in self.stored.items():
+            for wider in {(position[0], -1), (-1, -1)} - {position}:
+                other = self.stored.get(wider)
+                if other is not None and other.holds(self._within(position, other)):
+                    yield stored, other
+
+    def _within(self, position: Position, other: _Stored) -> Shape:
+        """Leading indices in `other` of the first slab at `position`."""
+        named = [n for n, hole in zip(position, ("layer", "expert"), strict=True) if hole in self.holes]
+        return tuple(max(n, 0) for n in named[len(named) - other.num_stacked :])
 
 
 @dataclass(slots=True)
 class SourceCatalog:
-    """Folded name -> position -> stored tensor. Built once per run from names, shapes and dtypes."""
+    """Folded name -> stored tensors. Built once per run from names, shapes and dtypes.
+
+    A tensor stacked over layers and experts is one entry whatever their number; slabs are made when asked for.
+    """
 
     tensors: Mapping[str, tuple[Shape, str]]
     """Global name -> (shape, dtype name), weights only."""
     num_layers: int = 0
     """Layers seen under ``decoder.layers``."""
-    _entries: dict[str, dict[Position, _Stored]] = field(default_factory=dict)
+    _entries: dict[str, _Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         faults = Faults("layers of the checkpoint")
         for name, (shape, dtype) in self.tensors.items():
             self._enter(name, shape, dtype, faults)
-        self.num_layers = max((layer + 1 for layer, _ in self._decoder_positions()), default=0)
+        for entry in self._entries.values():
+            faults.extend(f"{a.name} and {b.name} both hold the same layer" for a, b in entry.doubles())
+        decoder = [entry for name, entry in self._entries.items() if name.startswith("decoder.layers.")]
         faults.raise_if_any()
+        self.num_layers = max((entry.largest("layer") + 1 for entry in decoder), default=0)
 
     def patterns(self) -> Iterable[str]:
         """All folded names."""
@@ -64,50 +121,39 @@ class SourceCatalog:
 
     def names(self, pattern: str) -> set[str]:
         """The stored tensors behind a folded name."""
-        return {stored.name for stored in self._entries.get(pattern, {}).values()}
+        entry = self._entries.get(pattern)
+        return {stored.name for stored in entry.stored.values()} if entry else set()
 
     def find(self, pattern: str, *, layer: int = -1, expert: int = -1) -> SourceTensor | None:
         """The tensor of `pattern` at a layer and expert, or None when the checkpoint has none there."""
-        positions = self._entries.get(pattern)
-        if not positions:
+        entry = self._entries.get(pattern)
+        found = entry.find(layer, expert) if entry else None
+        if found is None:
             return None
-        wanted = (layer if "{layer}" in pattern else -1, expert if "{expert}" in pattern else -1)
-        stored = positions.get(wanted)
-        if stored is None:
-            return None
-        prefix = self._prefix(pattern, wanted, stored)
+        stored, prefix = found
         return SourceTensor(Slab(stored.name, prefix), stored.shape[stored.num_stacked :], stored.dtype)
 
     def folded_shapes(self) -> dict[str, Shape]:
         """Folded name -> shape of one layer (of one expert): of the first that is there."""
         return {
             pattern: stored.shape[stored.num_stacked :]
-            for pattern, positions in self._entries.items()
-            for stored in [next(iter(positions.values()))]
+            for pattern, entry in self._entries.items()
+            for stored in [next(iter(entry.stored.values()))]
         }
 
     def dtype(self, pattern: str) -> str:
         """Element type of a folded name; several are joined with a comma."""
-        return ", ".join(sorted({stored.dtype for stored in self._entries[pattern].values()}))
+        return ", ".join(sorted({stored.dtype for stored in self._entries[pattern].stored.values()}))
 
     def slabs(self) -> Iterator[Slab]:
         """Every slab of the checkpoint's model tensors."""
-        for pattern, positions in self._entries.items():
-            for (layer, expert), stored in positions.items():
-                yield Slab(stored.name, self._prefix(pattern, (layer, expert), stored))
+        for entry in self._entries.values():
+            for stored in entry.stored.values():
+                yield from (Slab(stored.name, prefix) for prefix in stored.prefixes())
 
     def num_experts(self) -> int:
         """Experts seen, 0 for a dense model."""
-        return max((e + 1 for p in self._entries.values() for _, e in p), default=0)
-
-    def _decoder_positions(self) -> Iterable[Position]:
-        return (p for name, ps in self._entries.items() if name.startswith("decoder.layers.") for p in ps)
-
-    @staticmethod
-    def _prefix(pattern: str, wanted: Position, stored: _Stored) -> Shape:
-        """The leading indices that hold `wanted`: the last `num_stacked` of the holes are dims."""
-        holes = [index for index in wanted if index >= 0]
-        return tuple(holes[len(holes) - stored.num_stacked :]) if stored.num_stacked else ()
+        return max((entry.largest("expert") + 1 for entry in self._entries.values()), default=0)
 
     def _enter(self, name: str, shape: Shape, dtype: str, faults: Faults) -> None:
         pattern, fixed, holes = fold(name)
@@ -118,16 +164,14 @@ class SourceCatalog:
         if holes and stacked and stacked != holes[len(holes) - len(stacked) :]:
             faults.add(f"{name}: stacked over layers but numbered by expert, which no Megatron release writes")
             return
+        entry = self._entries.get(pattern)
+        if entry is None:
+            entry = self._entries[pattern] = _Entry(tuple(holes))
         stored = _Stored(name, shape, dtype, len(stacked))
-        ranges = {hole: range(size) for hole, size in zip(stacked, shape, strict=False)}
-        layers = ranges.get("layer", [fixed["layer"]])
-        experts = ranges.get("expert", [fixed["expert"]])
-        positions = self._entries.setdefault(pattern, {})
-        for position in ((layer, expert) for layer in layers for expert in experts):
-            if position in positions:
-                faults.add(f"{name} and {positions[position].name} both hold layer {position[0]}")
-                return
-            positions[position] = stored
+        position = (fixed["layer"], fixed["expert"])
+        double = entry.stored.setdefault(position, stored)
+        if double is not stored:
+            faults.add(f"{name} and {double.name} both hold layer {position[0]}")
 
 
 def fold(name: str) -> tuple[str, dict[str, int], list[str]]:

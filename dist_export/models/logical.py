@@ -26,9 +26,12 @@ class LogicalTensor:
 class LogicalModel:
     """Resolves logical names to views of the checkpoint. Pure: reads no file.
 
-    The same instance serves every target rank: results are kept per layer, so that asking for query,
-    key and value splits the fused tensor once.
+    The same instance serves every target rank. The latest splits are kept, so that asking for query, key and
+    value splits the fused tensor once, and so do the tp ranks of a pipeline stage together.
     """
+
+    MOST_SPLITS = 4096
+    """Kept at a time: those of a stage of a dense model, of a layer of a few hundred experts."""
 
     def __init__(self, catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> None:
         self.catalog = catalog
@@ -66,6 +69,8 @@ class LogicalModel:
 
     def _split(self, rule: SourceRule, source: SourceTensor, key: tuple[str, int, int]) -> tuple[View, ...]:
         if key not in self._parts:
+            if len(self._parts) >= self.MOST_SPLITS:
+                del self._parts[next(iter(self._parts))]  # the oldest
             try:
                 self._parts[key] = rule.op.split(View.of(source.slab, source.shape), self.config)
             except ExportError as error:

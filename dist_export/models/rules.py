@@ -7,7 +7,8 @@ families and T targets that is L + T tables instead of L x T, and each rule has 
 operations.
 
 Names have holes: ``{layer}`` is the global layer number in source and logical names and the number
-within the pipeline stage in TensorRT-LLM names.
+within the pipeline stage in TensorRT-LLM names. ``{expert}`` is the global expert number; target
+names have no such hole, because a target tensor holds all experts of its rank (see `TargetRule`).
 """
 
 from __future__ import annotations
@@ -63,7 +64,12 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class TargetRule:
-    """One target tensor <- logical tensors, joined along dim 0 in order."""
+    """One target tensor <- logical tensors, joined along dim 0 in order.
+
+    Where the logical names have an ``{expert}`` hole (all of them or none), that is done for every expert of the
+    rank (`TargetLayout.experts`) at its position on the experts' tp axis, and the results are stacked in order of
+    experts along a new leading dim: ``[experts of the rank, out, in]``.
+    """
 
     target: str
     inputs: tuple[Input, ...]
@@ -75,6 +81,11 @@ class TargetRule:
     transposed: bool = False
     """Stored ``[in, out]``, after joining: the Conv1D of transformers' GPT-2."""
     when: Condition = always
+
+    @property
+    def over_experts(self) -> bool:
+        """Whether the tensor is stacked over the experts of the rank."""
+        return "{expert}" in self.inputs[0].logical
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,19 @@ class TargetLayout:
     pp_size: int
     layers_per_stage: tuple[int, ...]
     """Number of layers of each pipeline stage; its length is `pp_size`."""
+    moe_ep_size: int = 1
+    """How many ways the tp ranks divide the experts of a layer among them; a divisor of `tp_size`."""
 
     def __post_init__(self) -> None:
         if self.tp_size < 1 or self.pp_size < 1 or len(self.layers_per_stage) != self.pp_size:
             raise ExportError(f"not a layout: tp {self.tp_size}, pp {self.pp_size}, stages {self.layers_per_stage}")
+        if self.moe_ep_size < 1 or self.tp_size % self.moe_ep_size:
+            raise ExportError(f"not a layout: tp {self.tp_size} is no multiple of moe ep {self.moe_ep_size}")
+
+    @property
+    def moe_tp_size(self) -> int:
+        """How many ways each expert's weights are divided: moe tp x moe ep = tp."""
+        return self.tp_size // self.moe_ep_size
 
     @property
     def world_size(self) -> int:
@@ -37,6 +46,20 @@ class TargetLayout:
         """The position of `rank` on the tp axis."""
         return TensorParallel(rank % self.tp_size, self.tp_size)
 
+    def expert_tensor_parallel(self, rank: int) -> TensorParallel:
+        """The position of `rank` on the tp axis within an expert (moe_ep is the faster axis)."""
+        return TensorParallel(rank % self.tp_size // self.moe_ep_size, self.moe_tp_size)
+
+    def experts(self, rank: int, num_experts: int) -> range:
+        """Global numbers of the experts that `rank` holds in each of its layers.
+
+        Raises `ExportError` when they do not divide. Source: ``Mapping.ep_experts``.
+        """
+        if num_experts % self.moe_ep_size:
+            raise ExportError(f"{num_experts} experts do not divide by moe ep {self.moe_ep_size}")
+        count, part = num_experts // self.moe_ep_size, rank % self.tp_size % self.moe_ep_size
+        return range(part * count, (part + 1) * count)
+
     def pp_rank(self, rank: int) -> int:
         """The pipeline stage of `rank`."""
         return rank // self.tp_size
@@ -48,4 +71,5 @@ class TargetLayout:
         return range(start, start + self.layers_per_stage[stage])
 
     def __str__(self) -> str:
-        return f"tp {self.tp_size} x pp {self.pp_size}"
+        experts = f" (experts: tp {self.moe_tp_size} x ep {self.moe_ep_size})" if self.moe_ep_size > 1 else ""
+        return f"tp {self.tp_size} x pp {self.pp_size}{experts}"

@@ -16,7 +16,7 @@ from dist_export.plan.layout import TargetLayout
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.safetensors_format import DATA_ALIGNMENT, build_header
-from dist_export.tensors.views import View, concatenate
+from dist_export.tensors.views import View, concatenate, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,28 +139,35 @@ class ShardPlanner:
             yield from ((rule, -1, rule.target) for rule in rules if rule.scope is Scope.LAST)
 
     def _tensor(self, rule: TargetRule, layer: int, rank: int, name: str) -> PlannedTensor:
-        found = [self._input(part, layer) for part in rule.inputs]
-        real = [tensor for tensor in found if tensor.dtype]
+        config, experts, tp = self.logical.config, range(-1, 0), self.layout.tensor_parallel(rank)
+        if rule.over_experts:
+            experts = self.layout.experts(rank, config.num_experts)
+            tp = self.layout.expert_tensor_parallel(rank)
+        found = [[self._input(part, layer, expert) for part in rule.inputs] for expert in experts]
+        real = [tensor for parts in found for tensor in parts if tensor.dtype]
         dtypes = {tensor.dtype for tensor in real}
         values = {tensor.values for tensor in real}
         if len(dtypes) > 1 or len(values) > 1:
             raise ExportError(f"its parts differ in the checkpoint: element types {sorted(dtypes)}; save them alike")
         dtype = dtype_by_name(rule.dtype) if rule.dtype else self.dtype
         source_dtype = dtype_by_name(dtypes.pop(), where=name) if dtypes else dtype
-        tp = self.layout.tensor_parallel(rank)
-        shards = [p.shard.take(t.view, tp, self.logical.config) for p, t in zip(rule.inputs, found, strict=True)]
-        ops = (*(values.pop() if values else ()), *rule.values(self.logical.config))
-        view = concatenate(shards, 0)
-        return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed)
+        joined = [
+            concatenate([i.shard.take(t.view, tp, config) for i, t in zip(rule.inputs, parts, strict=True)], 0)
+            for parts in found
+        ]
+        ops = (*(values.pop() if values else ()), *rule.values(config))
+        view = stack(joined) if rule.over_experts else joined[0]
+        return PlannedTensor(name, dtype, view, source_dtype, composed(ops))
 
-    def _input(self, part: Input, layer: int) -> LogicalTensor:
+    def _input(self, part: Input, layer: int, expert: int) -> LogicalTensor:
         """The logical tensor of an input, or zeros (with no element type of their own) where the rule allows."""
-        tensor = self.logical.find(part.logical, layer=layer)
+        tensor = self.logical.find(part.logical, layer=layer, expert=expert)
         if tensor is not None:
             return tensor
-        like = self.logical.find(part.zeros_for, layer=layer) if part.zeros_for else None
+        like = self.logical.find(part.zeros_for, layer=layer, expert=expert) if part.zeros_for else None
         if like is None:
             where = f" of layer {layer}" if layer >= 0 else ""
+            where += f", expert {expert}" if expert >= 0 else ""
             names = " or ".join(self.logical.sources_of(part.logical)) or f"a source for {part.logical}"
             raise ExportError(f"missing tensor{where}: the checkpoint has no {names}")
         return LogicalTensor(View.zeros(like.view.shape[:1]), "", ())

@@ -35,6 +35,11 @@ class OutputTensor:
     data_start: int  # bytes: length of the file's header
 
     @property
+    def key(self) -> tuple[int, int]:
+        """(file, index)."""
+        return self.file, self.index
+
+    @property
     def width(self) -> int:
         """Elements per row, before a transposition."""
         shape = self.planned.view.shape
@@ -170,9 +175,12 @@ def _use(output: OutputTensor, piece: Piece, shape: Shape) -> Use:
 
 def _fills(output: OutputTensor, piece: Piece) -> list[Fill]:
     top, bottom, left, right = flat_rectangle(piece.box, output.planned.view.shape)
-    if right - left == output.width:
-        return [Fill(output, top * output.width, (bottom - top) * output.width)]
-    return [Fill(output, row * output.width + left, right - left) for row in range(top, bottom)]
+    width = output.width
+    if output.planned.transposed:
+        (top, bottom, left, right), width = (left, right, top, bottom), output.planned.shape[-1]
+    if right - left == width:
+        return [Fill(output, top * width, (bottom - top) * width)]
+    return [Fill(output, row * width + left, right - left) for row in range(top, bottom)]
 
 
 def _clipped(rectangle: Rectangle, rows: tuple[int, int]) -> Rectangle:

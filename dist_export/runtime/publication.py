@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from dist_export.errors import ExportError
+from dist_export.runtime.lease import NAME as LEASE
+from dist_export.runtime.lease import STALE_AFTER_S, Lease, is_held
 
 CONFIG = "config.json"
 MANIFEST = "export_manifest.json"
@@ -45,7 +46,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir() or output.is_symlink():
         raise ExportError(f"{output}: exists and is not a folder; choose another output")
-    names = {path.name for path in output.iterdir()} - {staging_folder(output).name, "lost+found"}
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".dist_export")} - {"lost+found"}
     if names and not any((folder / name).is_file() for folder in _folders(output) for name in (MANIFEST, CONFIG)):
         raise ExportError(f"{output}: holds files that are not an export; choose another output")
     if names and not overwrite:
@@ -57,22 +58,50 @@ def _folders(output: Path) -> list[Path]:
     return [output, *(path for path in output.iterdir() if path.is_dir())]
 
 
-def create_staging(output: Path, folders: Sequence[str] = (".",)) -> Path:
-    """An empty staging folder with the given subfolders; what an earlier, failed run left there is removed."""
-    folder = staging_folder(output)
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        for name in (".", *folders):
-            (folder / name).mkdir(exist_ok=True)
-    except OSError as error:
-        raise ExportError(f"{folder}: cannot create the staging folder: {error.strerror}") from error
-    return folder
+class Staging:
+    """The staging folder of one run, under a lease. Used by rank 0; other ranks only write files into it."""
+
+    def __init__(self, output: Path, *, stale_after_s: float = STALE_AFTER_S) -> None:
+        """Take the staging folder of `output`; `ExportError` when another run has it."""
+        self.output, self.folder = output, staging_folder(output)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ExportError(f"{self.folder}: cannot create the staging folder: {error.strerror}") from error
+        self.lease = Lease.acquire(self.folder, stale_after_s=stale_after_s)
+        self._remove_finished(stale_after_s)
+
+    def clear(self) -> None:
+        """Remove what an earlier, failed run left."""
+        for path in self.folder.iterdir():
+            if not path.name.startswith(LEASE):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def finish(self) -> Path:
+        """Move the whole folder aside, out of reach of other runs, and return where it is now.
+
+        Only its lease and configuration are then between it and publication.
+        """
+        self.lease.check()
+        finished = self.folder.with_name(f"{self.folder.name}{_FINISHED}{self.lease.token}")
+        os.rename(self.folder, finished)
+        self.lease.release()
+        return finished
+
+    def abandon(self, *, keep: bool) -> None:
+        """Give the folder up after a failure: removed, or kept for a run that resumes."""
+        self.lease.release()
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_finished(self, stale_after_s: float) -> None:
+        """Folders of runs that died while publishing."""
+        for path in self.folder.parent.glob(f"{self.folder.name}{_FINISHED}*"):
+            if not is_held(path, stale_after_s=stale_after_s):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def discard_staging(output: Path) -> None:
-    """Remove the staging folder of a failed run."""
-    shutil.rmtree(staging_folder(output), ignore_errors=True)
+_FINISHED = ".finished-"
 
 
 def write_file(path: Path, text: str) -> None:
@@ -86,9 +115,10 @@ def write_file(path: Path, text: str) -> None:
         raise ExportError(f"{path}: cannot write: {error.strerror}") from error
 
 
-def publish(output: Path) -> None:
-    """Make the staged export visible at `output`, replacing what is there. All files must be on disk."""
-    folder = staging_folder(output)
+def publish(folder: Path, output: Path) -> None:
+    """Make a finished folder visible at `output`, replacing what is there. All files must be on disk."""
+    for path in folder.glob(f"{LEASE}*"):
+        path.unlink()
     sync_folder(folder)
     try:
         if folder.parent == output:

@@ -56,8 +56,7 @@ def test_members_become_records_of_their_class(protocol: int) -> None:
     assert isinstance(layout, Record)
     assert layout.kind == "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"
     assert layout.kwargs == {"name": "TORCH_PRESERVE_FORMAT"}
-    assert issubclass(exit_signal, Record)
-    assert exit_signal.kind == "signal.SIGTERM"
+    assert (exit_signal.kind, exit_signal.args) == ("signal.Signals", (int(signal.SIGTERM),))
 
 
 @pytest.mark.parametrize("path", METADATA, ids=lambda path: path.parts[-3])
@@ -72,10 +71,10 @@ def test_metadata_with_such_members_reads_the_same(path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("value", [Getattr({}, "keys"), Getattr("text", "format"), Getattr(1, "real")])
+@pytest.mark.parametrize("value", [Getattr({}, "keys"), Getattr("text", "format"), Getattr(1, "real"), Getattr()])
 @pytest.mark.parametrize("load", [load_state_pickle, load_metadata_pickle])
 def test_getattr_of_anything_else_is_refused(load: Any, value: Getattr) -> None:
-    with pytest.raises(ExportError, match=r"x: not a pickle of a checkpoint: TypeError: getattr of something other"):
+    with pytest.raises(ExportError, match=r"x: not a pickle.*: refused: it names builtins\.getattr"):
         load(pickle.dumps(value), origin="x")
 
 

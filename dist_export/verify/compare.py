@@ -1,0 +1,216 @@
+"""Comparing checkpoint and output element by element, in bounded memory.
+
+Source rows are read in bands, each once for all its copies in the output; the target's elements are read beside
+them. Where the plan computes (norms plus one, casts) the same arithmetic is applied to the source and the bits
+compared. Shares nothing with the executor but where the checkpoint's chunks lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import numpy as np
+
+from dist_export.convert.execute import Converter
+from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
+from dist_export.convert.sources import SourceFiles, SourceRectangle
+from dist_export.plan.shard import PlannedTensor
+from dist_export.plan.work import SlabUses, Use, flat_shape
+from dist_export.tensors.views import Slab
+from dist_export.verify.output import Block, OutputReader, Region, TensorId
+
+BAND_BYTES = 1 << 20  # of source rows compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A target tensor that is not what one source tensor makes it."""
+
+    tensor: TensorId
+    slab: Slab
+    num_different: int
+    """Elements that differ."""
+    num_compared: int
+    source: tuple[int, int]
+    """Row and column of the first differing element in the source slab."""
+    target: tuple[int, int]
+    """Its row and column in the target tensor, in the orientation of the rules."""
+    expected: int
+    """The element's bits as they should be."""
+    found: int
+
+    def merged(self, other: Difference) -> Difference:
+        """Both together: the first element is that of whichever comes first in the target."""
+        first = min(self, other, key=lambda each: each.target)
+        return replace(
+            first,
+            num_different=self.num_different + other.num_different,
+            num_compared=self.num_compared + other.num_compared,
+        )
+
+
+def choose_converter(uses: Iterable[Use], *, device: str = "cpu") -> Converter | None:
+    """What does the arithmetic of `uses`; None when they only move bytes. Torch is imported only when it pays."""
+    computed = [use for use in uses if not use.output.planned.moves_only]
+    if not computed:
+        return None
+    small = sum(use.num_bytes for use in computed) <= MOST_BYTES
+    if small and all(NumpyArithmetic.supports(use.output.planned) for use in computed):
+        return NumpyArithmetic()
+    from dist_export.convert.torch_arithmetic import TorchArithmetic
+
+    return TorchArithmetic(device)
+
+
+class Comparer:
+    """Compares source slabs with what an output holds of them."""
+
+    def __init__(
+        self,
+        sources: SourceFiles,
+        output: OutputReader,
+        *,
+        converter: Converter | None = None,
+        progress: Callable[[int, int], None] = lambda num_bytes_read, num_bytes_compared: None,
+    ) -> None:
+        """`progress` is called after each band, from any thread, and may stop the work by raising."""
+        self.sources, self.output, self.converter, self.progress = sources, output, converter, progress
+        self.num_bytes_compared = 0
+        self._lock = Lock()
+        self._found: dict[tuple[TensorId, Slab], Difference] = {}
+        self._compared: dict[tuple[TensorId, Slab], int] = {}
+
+    def run(self, work: Sequence[SlabUses], *, num_threads: int = 2) -> list[Difference]:
+        """All differences, one per target tensor and source slab. The first failure to read is raised."""
+        bands = (band for slab in work for band in self._bands(slab))
+        if num_threads == 1:
+            self._work(bands)
+        else:
+            with ThreadPoolExecutor(num_threads, "compare") as pool:
+                futures = [pool.submit(self._work, bands) for _ in range(num_threads)]
+                wait(futures, return_when=FIRST_EXCEPTION)
+                self._stop = any(future.done() and future.exception() for future in futures)
+            for future in futures:
+                future.result()
+        return [replace(each, num_compared=self._compared[key]) for key, each in self._found.items()]
+
+    _stop = False
+
+    def equal(self, work: Sequence[SlabUses]) -> bool:
+        """Whether everything is equal; stops at the first difference. For trying out what a tensor may hold."""
+        for slab in work:
+            for band in self._bands(slab):
+                self._compare(*band)
+                if self._found:
+                    return False
+        return True
+
+    def _bands(self, slab: SlabUses) -> Iterator[tuple[SlabUses, list[SourceRectangle], tuple[int, int]]]:
+        rectangles = self.sources.rectangles(slab.slab, slab.shape, slab.dtype)
+        num_rows, width = flat_shape(slab.shape)
+        step = max(BAND_BYTES // max(width * slab.dtype.itemsize, 1), 1)
+        for first in range(0, num_rows, step):
+            yield slab, rectangles, (first, min(first + step, num_rows))
+
+    def _work(self, bands: Iterator[tuple[SlabUses, list[SourceRectangle], tuple[int, int]]]) -> None:
+        while not self._stop:
+            with self._lock:
+                band = next(bands, None)
+            if band is None:
+                return
+            self._compare(*band)
+
+    def _compare(self, slab: SlabUses, rectangles: Sequence[SourceRectangle], rows: tuple[int, int]) -> None:
+        uses = [use for use in slab.uses if use.source[0] < rows[1] and rows[0] < use.source[1]]
+        if not uses:
+            return
+        band = self._read_source(slab, rectangles, rows)
+        compared = sum(self._compare_use(slab.slab, use, band, rows) for use in uses)
+        with self._lock:
+            self.num_bytes_compared += compared
+        self.progress(band.nbytes + compared, compared)
+
+    def _compare_use(self, slab: Slab, use: Use, band: Block, rows: tuple[int, int]) -> int:
+        """Compare one use of a band; returns the target bytes compared."""
+        top, bottom, left, right = use.source
+        first, end = max(top, rows[0]), min(bottom, rows[1])
+        expected = self._expected(use.output.planned, band[first - rows[0] : end - rows[0], left:right])
+        row = use.row + first - top
+        region = Region((row, row + end - first), (use.column, use.column + right - left))
+        actual = self.output.read(use.output, region)
+        key = ((use.output.file, use.output.index), slab)
+        with self._lock:
+            self._compared[key] = self._compared.get(key, 0) + actual.size
+        if not _equal(expected, actual):
+            self._note(key, (first, left), region, expected, actual)
+        return int(actual.nbytes)
+
+    def _note(
+        self, key: tuple[TensorId, Slab], start: tuple[int, int], region: Region, expected: Block, actual: Block
+    ) -> None:
+        different = expected != actual
+        row, column = divmod(int(np.argmax(different)), different.shape[1])
+        found = Difference(
+            *key,
+            num_different=int(np.count_nonzero(different)),
+            num_compared=actual.size,
+            source=(start[0] + row, start[1] + column),
+            target=(region.rows[0] + row, region.columns[0] + column),
+            expected=int(expected[row, column]),
+            found=int(actual[row, column]),
+        )
+        with self._lock:
+            self._found[key] = self._found[key].merged(found) if key in self._found else found
+
+    def _expected(self, planned: PlannedTensor, block: Block) -> Block:
+        """What the target must hold for a block of source elements."""
+        if planned.moves_only:
+            return block
+        assert self.converter is not None, f"{planned.name} needs arithmetic"
+        data = np.ascontiguousarray(self.converter.apply(planned, block)).reshape(-1).view(np.uint8)
+        elements: Block = data.view(f"u{planned.dtype.itemsize}").reshape(block.shape)
+        return elements
+
+    def _read_source(
+        self, slab: SlabUses, rectangles: Sequence[SourceRectangle], rows: tuple[int, int]
+    ) -> Block:
+        """All columns of a band of rows, put together from the chunks that hold them."""
+        _, width = flat_shape(slab.shape)
+        band: Block = np.empty((rows[1] - rows[0], width), f"u{slab.dtype.itemsize}")
+        for rectangle in rectangles:
+            first, end = max(rows[0], rectangle.rows[0]), min(rows[1], rectangle.rows[1])
+            if first < end:
+                part = band[first - rows[0] : end - rows[0], rectangle.columns[0] : rectangle.columns[1]]
+                self._read_rectangle(rectangle, first, part)
+        return band
+
+    def _read_rectangle(self, rectangle: SourceRectangle, first: int, part: Block) -> None:
+        """Fill `part` [rows, all columns of the chunk] from row `first` of the slab on."""
+        (num_rows, num_columns), itemsize = part.shape, part.itemsize
+        start = rectangle.offset + (first - rectangle.rows[0]) * rectangle.row_stride
+        if rectangle.column_stride != itemsize and num_columns > 1:  # stored transposed, column by column
+            column: Block = np.empty(num_rows, part.dtype)
+            for number in range(num_columns):
+                offset = start + number * rectangle.column_stride
+                self.sources.read_into(rectangle.file, offset, memoryview(column).cast("B"))
+                part[:, number] = column
+        elif rectangle.row_stride == num_columns * itemsize or num_rows == 1:
+            whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
+            self.sources.read_into(rectangle.file, start, memoryview(whole).cast("B"))
+            if whole is not part:
+                part[...] = whole
+        else:
+            for number in range(num_rows):
+                row = memoryview(part[number]).cast("B")
+                self.sources.read_into(rectangle.file, start + number * rectangle.row_stride, row)
+
+
+def _equal(expected: Block, actual: Block) -> bool:
+    """Whether two blocks hold the same bits; eight bytes at a time where memory allows."""
+    contiguous = expected.flags.c_contiguous and actual.flags.c_contiguous
+    if contiguous and expected.nbytes % 8 == 0 and expected.dtype == actual.dtype:
+        return bool((expected.reshape(-1).view(np.uint64) == actual.reshape(-1).view(np.uint64)).all())
+    return bool(np.array_equal(expected, actual))

@@ -1,0 +1,160 @@
+"""Logits of a Hugging Face folder, computed by transformers.
+
+Importing this module imports torch; transformers is imported when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_export.errors import ExportError, Faults
+from dist_export.verify import trace as at
+from dist_export.verify.trace import Point, Trace
+
+INSTALL_HINT = "logits of a Hugging Face folder are computed by transformers; run: pip install transformers"
+_ATTENTION = "dist_export_recording"
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """Where an architecture's modules are: paths from the model, and from a layer."""
+
+    layers: str
+    embedding: str
+    final_norm: str
+    outputs: Mapping[str, str]
+    """Name of a state -> the module that returns it."""
+    inputs: Mapping[str, str]
+    """Name of a state -> the module that takes it."""
+
+
+_DECODER_OUTPUTS = {
+    at.ATTENTION_NORM: "input_layernorm",
+    at.ATTENTION_OUTPUT: "self_attn",
+    at.MLP_NORM: "post_attention_layernorm",
+    at.UP: "mlp.up_proj",
+    at.MLP_OUTPUT: "mlp",
+    at.LAYER_OUTPUT: "",
+}
+_DECODER_INPUTS = {at.CONTEXT: "self_attn.o_proj", at.ACTIVATION: "mlp.down_proj"}
+
+_DECODER = ("model.layers", "model.embed_tokens", "model.norm")
+MODULES = {
+    "llama": Modules(*_DECODER, {**_DECODER_OUTPUTS, at.GATE: "mlp.gate_proj"}, _DECODER_INPUTS),
+    "nemotron": Modules(*_DECODER, _DECODER_OUTPUTS, _DECODER_INPUTS),
+    "gpt2": Modules(
+        "transformer.h",
+        "transformer.drop",
+        "transformer.ln_f",
+        {
+            at.ATTENTION_NORM: "ln_1",
+            at.ATTENTION_OUTPUT: "attn",
+            at.MLP_NORM: "ln_2",
+            at.UP: "mlp.c_fc",
+            at.MLP_OUTPUT: "mlp",
+            at.LAYER_OUTPUT: "",
+        },
+        {at.CONTEXT: "attn.c_proj", at.ACTIVATION: "mlp.c_proj"},
+    ),
+}
+"""model_type -> its modules; of another type only the logits are compared."""
+
+
+def run_huggingface(folder: Path, tokens: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> Trace:
+    """Run token ids [batch, position] through the model in `folder`, computing in `dtype`.
+
+    No code from the folder is executed and nothing is downloaded. Raises `ExportError` when transformers is missing,
+    cannot load the folder, or finds tensors missing, unexpected or of another shape.
+    """
+    model = _load(folder, dtype)
+    trace = Trace()
+    modules = MODULES.get(model.config.model_type)
+    if modules is not None:
+        _watch(model, modules, trace)
+    with torch.inference_mode():
+        trace.logits = model(input_ids=tokens, use_cache=False).logits.float()
+    return trace
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError(INSTALL_HINT) from error
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"{folder}: transformers {transformers.__version__} cannot load it: {error}") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    faults = Faults(f"{folder}: not what {type(model).__name__} of transformers {transformers.__version__} expects")
+    for kind in ("missing", "unexpected", "mismatched"):
+        faults.extend(f"{name} is {kind}" for name in sorted(map(str, info.get(f"{kind}_keys") or ())))
+    faults.raise_if_any()
+    return model.eval()
+
+
+def _watch(model: Any, modules: Modules, trace: Trace) -> None:
+    """Record hidden states as the modules compute them."""
+
+    def output(point: Point, source: str) -> Callable[..., None]:
+        def hook(_: object, __: object, result: Any) -> None:
+            trace.record(point, result[0] if isinstance(result, tuple) else result, source)
+
+        return hook
+
+    def first_input(point: Point, source: str) -> Callable[..., None]:
+        def hook(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
+            trace.record(point, arguments[0], source)
+
+        return hook
+
+    model.get_submodule(modules.embedding).register_forward_hook(output(Point(at.EMBEDDING), modules.embedding))
+    model.get_submodule(modules.final_norm).register_forward_hook(output(Point(at.FINAL_NORM), modules.final_norm))
+    layers = model.get_submodule(modules.layers)
+    for number, layer in enumerate(layers):
+        path = f"{modules.layers}.{number}"
+        for name, module in modules.outputs.items():
+            point = Point(name, number)
+            layer.get_submodule(module).register_forward_hook(output(point, f"{path}.{module}".removesuffix(".")))
+        for name, module in modules.inputs.items():
+            hook = first_input(Point(name, number), f"{path}, what goes into {module}")
+            layer.get_submodule(module).register_forward_pre_hook(hook)
+    _record_attention(model, modules, trace)
+
+
+def _record_attention(model: Any, modules: Modules, trace: Trace) -> None:
+    """Have the model attend through a function that records query, key and value and computes as before."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    numbers = {}
+    for number, layer in enumerate(model.get_submodule(modules.layers)):
+        numbers |= {id(module): number for module in layer.modules()}
+
+    def attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        number = numbers[id(module)]
+        for name, state in ((at.QUERY, query), (at.KEY, key), (at.VALUE, value)):
+            source = f"{modules.layers}.{number}, {name} projection"
+            trace.record(Point(name, number), state.transpose(1, 2), source)
+        return sdpa_attention_forward(module, query, key, value, *args, **kw)
+
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(_ATTENTION)

@@ -1,0 +1,208 @@
+"""The inverse rules: every Megatron tensor as pieces of target tensors.
+
+Target tensors of all tp ranks -> their inputs -> `shard.restore` -> logical tensors -> `op.join` -> the source
+tensor. The rules are walked from the source: which layer lies in which stage, and under which name, is worked out
+here and not taken from the plan, so a plan that puts a tensor elsewhere does not prove itself.
+
+Where several target tensors hold the same elements (norms on every tp rank, repeated key/value heads, an embedding
+tied to the head) a source tensor can be rebuilt in several ways; together they use every copy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dist_export.errors import ExportError
+from dist_export.models.catalog import SourceTensor
+from dist_export.models.layout_ops import TrimVocabulary
+from dist_export.models.rules import Input, Scope, SourceRule, TargetRule
+from dist_export.models.shard_ops import ShardOp, TensorParallel
+from dist_export.plan.work import OutputTensor, Rectangle, SlabUses, Use, flat_rectangle
+from dist_export.tensors.boxes import Box, Shape
+from dist_export.tensors.dtypes import dtype_by_name
+from dist_export.tensors.views import Piece, Slab, View
+from dist_export.verify.output import PlannedOutput
+
+PADDING = "padding rows of the vocabulary"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOrigin:
+    """One Megatron tensor, or one layer of it, and the rule that takes it apart."""
+
+    rule: SourceRule
+    layer: int
+    """Global layer number, -1 outside the layers."""
+    tensor: SourceTensor
+
+    def __str__(self) -> str:
+        return f"{self.tensor.slab}" + (f" (layer {self.layer})" if self.layer >= 0 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltSource:
+    """A source slab with every place in the output that its elements must be found in."""
+
+    origin: SourceOrigin
+    work: SlabUses
+    left_out: int
+    """Elements that come back from nowhere."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Source bytes to compare, once per copy."""
+        return sum(use.num_bytes for use in self.work.uses)
+
+
+class InverseRules:
+    """Rebuilds sources of one plan. Pure: reads no file."""
+
+    def __init__(self, output: PlannedOutput) -> None:
+        self.output = output
+        planner = output.plan.planner
+        self.logical, self.layout = planner.logical, planner.layout
+        self.config, self.catalog = planner.logical.config, planner.logical.catalog
+        self._consumers: dict[str, list[tuple[TargetRule, int]]] = defaultdict(list)
+        for rule in planner.rules:
+            if rule.when(self.config):
+                for number, part in enumerate(rule.inputs):
+                    self._consumers[part.logical].append((rule, number))
+
+    def origins(self) -> Iterator[SourceOrigin]:
+        """Every source slab that a rule of the family takes."""
+        for rule in self.output.plan.family.source_rules:
+            if not rule.when(self.config):
+                continue
+            layers = range(self.config.num_layers) if "{layer}" in rule.source else (-1,)
+            for layer in layers:
+                tensor = self.catalog.find(rule.source, layer=layer)
+                if tensor is not None:
+                    yield SourceOrigin(rule, layer, tensor)
+
+    def rebuild(self, origin: SourceOrigin) -> RebuiltSource:
+        """The source of `origin` as uses of the output; `ExportError` when some part of it is nowhere."""
+        views = self._rebuilt_views(origin)
+        shape, uses = origin.tensor.shape, dict[tuple[Rectangle, int, int, int, int], Use]()
+        for view in views:
+            if view.shape != shape:
+                raise ExportError(f"{origin}: comes back with shape {list(view.shape)}, expected {list(shape)}")
+            for piece in view.pieces:
+                if piece.slab is not None and piece.box.num_elements:
+                    use = self._use(piece, piece.slab, shape)
+                    uses[use.source, use.output.file, use.output.index, use.row, use.column] = use
+        left_out = sum(p.box.num_elements for p in views[0].pieces if p.slab is None)
+        if left_out and not isinstance(origin.rule.op, TrimVocabulary):
+            raise ExportError(f"{origin}: {left_out} of its elements are nowhere in the output")
+        dtype = dtype_by_name(origin.tensor.dtype, where=origin.tensor.slab.name)
+        return RebuiltSource(origin, SlabUses(origin.tensor.slab, shape, dtype, tuple(uses.values())), left_out)
+
+    def _use(self, piece: Piece, slab: Slab, shape: Shape) -> Use:
+        output = self.output.of_slab(slab)
+        inside = output.planned.view.shape
+        row, _, column, _ = flat_rectangle(Box(piece.source_start, piece.box.size[-len(inside) :]), inside)
+        return Use(flat_rectangle(piece.box, shape), output, row, column)
+
+    def _rebuilt_views(self, origin: SourceOrigin) -> list[View]:
+        """The source tensor in as many ways as it takes to use every copy of every part."""
+        rule, config = origin.rule, self.config
+        split = rule.op.split(View.of(origin.tensor.slab, origin.tensor.shape), config)
+        copies: dict[View, list[View]] = defaultdict(list)  # parts with equal contents stand in for one another
+        for part, name in zip(split, rule.logical, strict=True):
+            copies[part] += self._restored(name, origin.layer, part.shape)
+        for part, name in zip(split, rule.logical, strict=True):
+            if not copies[part]:
+                raise ExportError(f"{origin}: its part {name} is in no target tensor")
+        rounds = max(len(views) for views in copies.values())
+        return [
+            rule.op.join([copies[part][k % len(copies[part])] for part in split], config) for k in range(rounds)
+        ]
+
+    def _restored(self, logical: str, layer: int, shape: Shape) -> list[View]:
+        """A logical tensor of `shape` from the target tensors that hold it, once per copy."""
+        views: list[View] = []
+        for rule, number in self._consumers[logical]:
+            for stage in self._stages(rule, layer):
+                ranks = range(stage * self.layout.tp_size, (stage + 1) * self.layout.tp_size)
+                shards = [self._input_view(rule, number, layer, rank) for rank in ranks]
+                shard = rule.inputs[number].shard
+                views += [shard.restore(chosen, self.config) for chosen in self._copies(shard, shards, shape)]
+        return views
+
+    def _copies(self, shard: ShardOp, shards: Sequence[View], shape: Shape) -> Iterator[list[View]]:
+        """Shards of all tp ranks, with each copy in turn where ranks hold the same part."""
+        size = len(shards)
+        whole = View.of(Slab("logical"), shape)
+        held = [shard.take(whole, TensorParallel(rank, size), self.config) for rank in range(size)]
+        holders: dict[View, list[View]] = defaultdict(list)
+        for part, view in zip(held, shards, strict=True):
+            holders[part].append(view)
+        for k in range(max(len(each) for each in holders.values())):
+            yield [holders[part][k % len(holders[part])] for part in held]
+
+    def _stages(self, rule: TargetRule, layer: int) -> list[int]:
+        """The pipeline stages that hold a rule's tensor."""
+        if rule.scope is Scope.FIRST:
+            return [0]
+        if rule.scope is Scope.LAST:
+            return [self.layout.pp_size - 1]
+        return [s for s in range(self.layout.pp_size) if layer in self.layout.layers(s * self.layout.tp_size)]
+
+    def target_name(self, rule: TargetRule, layer: int, rank: int) -> str:
+        """What `rank` calls the tensor of a rule: layers are numbered from 0 in every stage."""
+        return rule.target.replace("{layer}", str(layer - self.layout.layers(rank).start))
+
+    def _input_view(self, rule: TargetRule, number: int, layer: int, rank: int) -> View:
+        """The rows of a rank's target tensor that one input of its rule fills."""
+        name = self.target_name(rule, layer, rank)
+        output = self.output.find(rank, name)
+        if output is None:
+            raise ExportError(f"target rank {rank} has no tensor {name}")
+        rows = [shape[0] for shape in self.input_shapes(rule, layer, rank)]
+        return self.output.view(output).narrow(0, sum(rows[:number]), rows[number])
+
+    def input_shapes(self, rule: TargetRule, layer: int, rank: int) -> list[Shape]:
+        """Shapes of a rank's shards of the inputs of a rule."""
+        tp = self.layout.tensor_parallel(rank)
+        return [
+            part.shard.take(View.zeros(self.logical_shape(part, layer)), tp, self.config).shape for part in rule.inputs
+        ]
+
+    def logical_shape(self, part: Input, layer: int) -> Shape:
+        """The whole shape of an input; that of the zeros which stand in for it where the source has none."""
+        tensor = self.logical.find(part.logical, layer=layer)
+        if tensor is not None:
+            return tensor.view.shape
+        like = self.logical.find(part.zeros_for, layer=layer) if part.zeros_for else None
+        if like is None:
+            raise ExportError(f"the checkpoint has no {part.logical}" + (f" of layer {layer}" if layer >= 0 else ""))
+        return like.view.shape[:1]
+
+    def rule_of(self, output: OutputTensor) -> tuple[TargetRule, int, int] | None:
+        """(rule, global layer, target rank) that make a target tensor; None when no rule does."""
+        for rank in range(self.layout.world_size):
+            if self.output.find(rank, output.planned.name) is not output:
+                continue
+            stage, layers = self.layout.pp_rank(rank), self.layout.layers(rank)
+            for rule in self.output.plan.planner.rules:
+                if not rule.when(self.config):
+                    continue
+                for layer in layers if rule.scope is Scope.LAYER else (-1,):
+                    holds = stage in self._stages(rule, layer)
+                    if holds and self.target_name(rule, layer, rank) == output.planned.name:
+                        return rule, layer, rank
+        return None
+
+    def logical_position(self, origin: SourceOrigin, row: int, column: int) -> str:
+        """An element of a source tensor in terms of the model: ``layers.3.attention.key.weight[17, 5]``."""
+        shape = origin.tensor.shape
+        position = (row, column)[-len(shape) :] if shape else ()
+        split = origin.rule.op.split(View.of(origin.tensor.slab, shape), self.config)
+        for part, name in zip(split, origin.rule.logical, strict=True):
+            for piece in part.pieces:
+                inner = [p - s for p, s in zip(position, piece.source_start, strict=True)]
+                if all(0 <= i < n for i, n in zip(inner, piece.box.size, strict=True)):
+                    index = [i + s for i, s in zip(inner, piece.box.start, strict=True)]
+                    return f"{name.replace('{layer}', str(origin.layer))}{index}"
+        return f"{origin.tensor.slab}{list(position)}"

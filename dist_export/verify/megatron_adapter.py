@@ -1,0 +1,382 @@
+"""Reference logits from Megatron-Core's own GPTModel, built from a model configuration and filled from the checkpoint.
+
+Which stored tensor fills which parameter is Megatron's word (`sharded_state_dict`), and the records are decoded by
+torch, so nothing of the exporter's rules or of its readers is shared. The model runs on the CPU with the local layer
+spec. Its layers are filled just before they run and emptied afterwards: one layer's weights are in memory at a time.
+
+Importing this module imports torch; megatron-core is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from dist_export.checkpoint.index import CheckpointIndex, Chunk
+from dist_export.errors import ExportError, Faults
+from dist_export.models.config import ModelConfig
+from dist_export.tensors.boxes import Box
+from dist_export.verify import trace as at
+from dist_export.verify.trace import Point, Trace
+
+INSTALL_HINT = "logits are compared with those of Megatron-Core itself; run: pip install megatron-core einops"
+
+_OTHER_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "decoder.final_layernorm.": "decoder.final_norm.",
+}
+"""Keys of the fused layer spec -> what specs without fusion and older releases write."""
+
+
+def run_megatron(
+    index: CheckpointIndex, config: ModelConfig, tokens: torch.Tensor, *, dtype: torch.dtype = torch.float32
+) -> Trace:
+    """Run token ids [batch, position] through the checkpoint's model, computing in `dtype`.
+
+    The logits cover the true vocabulary. Called in one process, which must not have a torch process group of its own.
+    Raises `ExportError` when megatron-core is missing, when the configuration is one that is not built here, and when
+    the checkpoint lacks a tensor of the model or holds others.
+    """
+    _check_supported(config, tokens.shape[1])
+    with _megatron_on_cpu():
+        model = _build(config, dtype)
+        weights = _Weights(index, _sources(model, index), zero_centered_norm=config.zero_centered_norm)
+        weights.stream_layers(model)
+        trace = Trace()
+        _watch(model, trace, config)
+        length = tokens.shape[1]
+        mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
+        with torch.no_grad():
+            logits = model(tokens, torch.arange(length).expand(tokens.shape), mask)
+        trace.logits = logits[..., : config.vocab_size].float()
+    return trace
+
+
+def _check_supported(config: ModelConfig, num_positions: int) -> None:
+    faults = Faults("Megatron-Core's logits are not available for this model")
+    if config.num_experts:
+        faults.add(f"it has {config.num_experts} experts")
+    if config.attention_output_gate:
+        faults.add("its attention output is gated")
+    longest = min(config.max_position_embeddings, config.window_size or config.max_position_embeddings)
+    if num_positions > longest:
+        faults.add(f"{num_positions} tokens are more than it sees at once ({longest}); give fewer")
+    faults.raise_if_any()
+
+
+@contextlib.contextmanager
+def _megatron_on_cpu() -> Iterator[None]:
+    """A process group of one, Megatron's parallel state, and its CUDA calls replaced; all undone afterwards."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        raise ExportError("this process already has a torch process group: compute reference logits in one of its own")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        try:
+            from megatron.core import parallel_state, tensor_parallel
+            from megatron.core.tensor_parallel import layers, random
+        except ImportError as error:
+            raise ExportError(f"{INSTALL_HINT} ({error})") from error
+        stack.enter_context(_replaced(torch.cuda, _CUDA_ON_CPU))
+        for module in (random, tensor_parallel, layers):
+            stack.enter_context(_replaced(module, {"get_cuda_rng_tracker": lambda *_, **__: _NoRngTracker()}))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        stack.callback(dist.destroy_process_group)
+        parallel_state.initialize_model_parallel(1, 1)
+        stack.callback(parallel_state.destroy_model_parallel)
+        yield
+
+
+class _NoRngTracker:
+    """Stands in for the tracker of CUDA random states: nothing is drawn here."""
+
+    def fork(self, *_: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+_CUDA_ON_CPU: Mapping[str, Any] = {
+    "current_device": lambda: "cpu",
+    "synchronize": lambda *_: None,
+    "Stream": lambda *_, **__: None,
+    "get_device_capability": lambda *_: (9, 0),
+}
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of a module or class exchanged for a while."""
+    before = {name: getattr(owner, name) for name in attributes if hasattr(owner, name)}
+    for name in before:
+        setattr(owner, name, attributes[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about missing GPU libraries that importing and building print."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    from megatron.core.activations import quick_gelu, squared_relu
+
+    def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(x, approximate="tanh")
+
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "gelu": functional.gelu,
+        "gelu_tanh": gelu_tanh,
+        "relu": functional.relu,
+        "silu": functional.silu,
+        "squared_relu": squared_relu,
+        "quick_gelu": quick_gelu,
+    }
+    return functions[name]
+
+
+def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_size,
+        normalization=config.normalization,
+        layernorm_epsilon=config.norm_epsilon,
+        layernorm_zero_centered_gamma=False,  # the local norm cannot: one is added to the weights instead
+        gated_linear_unit=config.gated,
+        activation_func=_activation(config.activation),
+        add_bias_linear=config.linear_bias,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        rotary_interleaved=config.rotary_interleaved,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """A GPTModel whose parameters have shapes and no storage."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    scaling = config.rope_scaling
+    with torch.device("meta"):
+        model = GPTModel(
+            config=_transformer_config(config, dtype),
+            transformer_layer_spec=get_gpt_layer_local_spec(
+                normalization=config.normalization, qk_layernorm=config.qk_norm
+            ),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            share_embeddings_and_output_weights=config.tied_embeddings,
+            position_embedding_type=config.position_embedding,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            seq_len_interpolation_factor=scaling.factor if scaling and scaling.kind == "linear" else None,
+        )
+    if scaling and scaling.kind == "llama3":
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_max_position_embeddings,
+        )
+    return model.to(dtype).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A parameter: the boxes of the checkpoint's tensors that it is put together from, in Megatron's order."""
+
+    parts: tuple[tuple[str, Box], ...]
+    merge: Callable[[list[torch.Tensor]], torch.Tensor]
+
+
+def _sources(model: Any, index: CheckpointIndex) -> dict[str, _Source]:
+    """Parameter name -> where the checkpoint has it, as Megatron's sharded state dict says. Nothing may be left over."""
+    names = set(index.tensors)
+    layout = {
+        "non_homogeneous_layers": any(name.startswith("decoder.layers.0.") for name in names),
+        "singleton_local_shards": any(name.endswith("linear_fc1.weight_w") for name in names),
+    }
+    state = model.sharded_state_dict(metadata=layout)
+    sources = {name: _source(state[name], names) for name, _ in model.named_parameters()}
+    needed = {key for source in sources.values() for key, _ in source.parts}
+    faults = Faults(f"{index.folder}: does not hold the tensors that Megatron-Core has for this model configuration")
+    faults.extend(f"{key} is missing" for key in sorted(needed - names))
+    faults.extend(f"{key} is not part of the model" for key in sorted(names - needed))
+    for key, box in (part for source in sources.values() for part in source.parts):
+        if key in names and not box.inside(index.tensors[key].shape):
+            faults.add(f"{key} has shape {list(index.tensors[key].shape)}, the model takes {box} of it")
+    faults.raise_if_any()
+    return sources
+
+
+def _source(entry: Any, names: set[str]) -> _Source:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    if isinstance(entry, ShardedTensor):
+        return _Source((_part(entry, names),), lambda tensors: tensors[0])
+    assert isinstance(entry, ShardedTensorFactory), f"{type(entry).__name__} in a sharded state dict"
+    shards = entry.build()
+    assert isinstance(shards, list), f"{entry.key} is built into a {type(shards).__name__}"
+    return _Source(tuple(_part(shard, names) for shard in shards), entry.merge_fn)
+
+
+def _part(shard: Any, names: set[str]) -> tuple[str, Box]:
+    """Key and box of a Megatron ShardedTensor, whose first `prepend_axis_num` dims only its key's tensor has."""
+    key = shard.key
+    for fused, other in _OTHER_NAMES.items():
+        if key not in names and key.replace(fused, other) in names:
+            key = key.replace(fused, other)
+    size = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+    return key, Box(tuple(shard.global_offset), size)
+
+
+class _Weights:
+    """Fills parameters from the checkpoint."""
+
+    def __init__(self, index: CheckpointIndex, sources: Mapping[str, _Source], *, zero_centered_norm: bool) -> None:
+        self.index, self.sources, self.zero_centered_norm = index, sources, zero_centered_norm
+
+    def stream_layers(self, model: Any) -> None:
+        """Fill all of the model but its layers, which are filled when they run and emptied again."""
+        layers = model.decoder.layers
+        inner = {parameter for layer in layers for parameter in layer.parameters()}
+        for name, module in model.named_modules():
+            if not any(parameter in inner for parameter in module.parameters(recurse=False)):
+                self._fill(module, name, recurse=False)
+        for number, layer in enumerate(layers):
+            name = f"decoder.layers.{number}"
+            layer.register_forward_pre_hook(lambda module, _, name=name: self._fill(module, name, recurse=True))
+            layer.register_forward_hook(lambda module, *_: module.to("meta") and None)
+
+    def _fill(self, module: torch.nn.Module, prefix: str, *, recurse: bool) -> None:
+        for inner, owner in module.named_modules() if recurse else [("", module)]:
+            is_norm = isinstance(owner, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+            for kind, parameter in owner.named_parameters(recurse=False):
+                name = ".".join(filter(None, (prefix, inner, kind)))
+                values = self._read(self.sources[name]).reshape(parameter.shape).to(parameter.dtype)
+                if is_norm and kind == "weight" and self.zero_centered_norm:
+                    values = values + 1
+                setattr(owner, kind, torch.nn.Parameter(values, requires_grad=False))
+
+    def _read(self, source: _Source) -> torch.Tensor:
+        return source.merge([self._read_box(key, box) for key, box in source.parts])
+
+    def _read_box(self, key: str, box: Box) -> torch.Tensor:
+        """A box of a stored tensor, without the leading dims of size one that number a layer."""
+        result: torch.Tensor | None = None
+        for chunk in self.index.chunks(key, box):
+            stored = self._record(key, chunk)
+            common = chunk.box.intersection(box)
+            assert common is not None, f"{chunk.box} was said to touch {box}"
+            result = stored.new_empty(box.size) if result is None else result
+            result[_slices(common.relative_to(box.start))] = stored[_slices(common.relative_to(chunk.box.start))]
+        assert result is not None, f"{key}: no chunk holds {box}"
+        return result
+
+    def _record(self, key: str, chunk: Chunk) -> torch.Tensor:
+        """A record's tensor, decoded by torch under its restricted unpickler."""
+        path = self.index.path(chunk.file)
+        if not self.index.chunks_are_records:
+            raise ExportError(f"{path}: reference logits are computed from torch_dist checkpoints only")
+        with path.open("rb") as file:
+            data = io.BytesIO(os.pread(file.fileno(), chunk.length, chunk.offset))
+        try:
+            tensor = torch.load(data, map_location="cpu", weights_only=True)
+        except (RuntimeError, ValueError, EOFError) as error:
+            raise ExportError(f"{path}: the record of {key} at byte {chunk.offset} cannot be read: {error}") from error
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.size:
+            raise ExportError(f"{path}: the record of {key} at byte {chunk.offset} does not hold {chunk.box}")
+        return tensor
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
+
+
+def _watch(model: Any, trace: Trace, config: ModelConfig) -> None:
+    """Record hidden states as the modules compute them; Megatron has them as [position, batch, …]."""
+
+    def output(name: str, layer: int | None = None) -> Callable[..., None]:
+        def hook(_: object, __: object, result: Any) -> None:
+            state, bias = result if isinstance(result, tuple) else (result, None)
+            with_bias = state if bias is None or name == at.LAYER_OUTPUT else state + bias
+            # The residual is added in place afterwards, so a copy.
+            trace.record(Point(name, layer), with_bias.transpose(0, 1).clone())
+
+        return hook
+
+    def inputs(layer: int, *names: str) -> Callable[..., None]:
+        def hook(_: object, arguments: tuple[torch.Tensor, ...]) -> None:
+            for name, state in zip(names, arguments, strict=False):
+                trace.record(Point(name, layer), state.transpose(0, 1))
+
+        return hook
+
+    def halves(layer: int) -> Callable[..., None]:
+        """Megatron's MLP activates the first half of linear_fc1's output and multiplies it with the second."""
+
+        def hook(_: object, __: object, result: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+            state = result[0] if result[1] is None else result[0] + result[1]
+            parts = state.transpose(0, 1).chunk(2, -1) if config.gated else (state.transpose(0, 1),)
+            for name, part in zip((at.GATE, at.UP)[-len(parts) :], parts, strict=True):
+                trace.record(Point(name, layer), part)
+
+        return hook
+
+    model.embedding.register_forward_hook(output(at.EMBEDDING))
+    for number, layer in enumerate(model.decoder.layers):
+        attention, mlp = layer.self_attention, layer.mlp
+        layer.input_layernorm.register_forward_hook(output(at.ATTENTION_NORM, number))
+        attention.core_attention.register_forward_pre_hook(inputs(number, at.QUERY, at.KEY, at.VALUE))
+        attention.linear_proj.register_forward_pre_hook(inputs(number, at.CONTEXT))
+        attention.register_forward_hook(output(at.ATTENTION_OUTPUT, number))
+        layer.pre_mlp_layernorm.register_forward_hook(output(at.MLP_NORM, number))
+        mlp.linear_fc1.register_forward_hook(halves(number))
+        mlp.linear_fc2.register_forward_pre_hook(inputs(number, at.ACTIVATION))
+        mlp.register_forward_hook(output(at.MLP_OUTPUT, number))
+        layer.register_forward_hook(output(at.LAYER_OUTPUT, number))
+    model.decoder.final_layernorm.register_forward_hook(output(at.FINAL_NORM))

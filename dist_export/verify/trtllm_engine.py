@@ -1,0 +1,286 @@
+"""What a TensorRT-LLM engine would load: config.json as its model class reads it, and the rank files checked for it.
+
+Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama}/config.py and mapping.py alone, without the rule
+tables and layouts of the exporter, so that a mistake there is not repeated here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_export.errors import ExportError, Faults
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+GATED = {"swiglu": "silu", "fast-swiglu": "silu", "geglu": "gelu"}
+GPT_CLASS = ("GPTForCausalLM", "GPT2LMHeadModel", "NemotronForCausalLM", "Starcoder2ForCausalLM")
+LLAMA_CLASS = ("LlamaForCausalLM", "MistralForCausalLM")
+"""Architectures and the class that serves them (tensorrt_llm/models/__init__.py, ``MODEL_MAP``)."""
+PLAIN = ("relu", "silu", "squared-relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+ROTARY_TABLES = {"rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention"}
+"""Some converters store these; the engine computes its own from config.json."""
+_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """config.json of a dense model of the GPT or Llama class without quantization."""
+
+    raw: Mapping[str, Any] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        faults = Faults("config.json: not interpreted")
+        faults.extend(message for holds, message in self._conditions() if not holds)
+        faults.raise_if_any()
+
+    def _conditions(self) -> Iterator[tuple[bool, str]]:
+        raw, mapping = self.raw, self.raw["mapping"]
+        act, positions = raw.get("hidden_act", "gelu"), self.position_type
+        yield raw["architecture"] in GPT_CLASS + LLAMA_CLASS, f"architecture {raw['architecture']}"
+        yield mapping.get("cp_size", 1) == 1, "cp_size other than 1"
+        yield mapping["world_size"] == self.tp_size * self.pp_size, "world_size that is not tp_size x pp_size"
+        for key, value in (raw.get("quantization") or {}).items():
+            yield not (key.endswith("quant_algo") and value), f"quantization.{key} {value}"
+        yield (raw.get("moe") or {}).get("num_experts", 0) <= 1, "experts"
+        for key in ("qk_layernorm", "inner_layernorm", "norm_before_bmm1", "residual_mlp", "share_embedding_table"):
+            yield not raw.get(key, False), f"{key} true"
+        known = (*GATED, *PLAIN) if self.is_gpt else ("silu", *PLAIN)
+        yield act in known, f"hidden_act {act} of {raw['architecture']}"
+        kinds = ("learned_absolute", "rope_gpt_neox", "rope_gptj") if self.is_gpt else ("rope_gpt_neox",)
+        yield positions in kinds, f"position_embedding_type {positions} of {raw['architecture']}"
+        scaling = self.rotary_scaling
+        yield scaling is None or scaling["type"] in ("linear", "llama3"), f"rotary_scaling {scaling}"
+        yield raw["num_attention_heads"] % self.tp_size == 0, "num_attention_heads that do not divide by tp_size"
+        yield raw["dtype"] in _SAFETENSORS_DTYPES, f"dtype {raw['dtype']}"
+
+    @property
+    def is_gpt(self) -> bool:
+        return self.raw["architecture"] in GPT_CLASS
+
+    @property
+    def tp_size(self) -> int:
+        return int(self.raw["mapping"].get("tp_size", 1))
+
+    @property
+    def pp_size(self) -> int:
+        return int(self.raw["mapping"].get("pp_size", 1))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.raw["vocab_size"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.raw["hidden_size"])
+
+    @property
+    def head_size(self) -> int:
+        return int(self.raw.get("head_size") or self.hidden_size // self.raw["num_attention_heads"])
+
+    @property
+    def local_heads(self) -> int:
+        """Query heads of a rank."""
+        return int(self.raw["num_attention_heads"]) // self.tp_size
+
+    @property
+    def local_kv_heads(self) -> int:
+        """Key/value heads of a rank: with fewer heads than ranks every rank has one (layers/attention.py)."""
+        return -(-int(self.raw.get("num_key_value_heads") or self.raw["num_attention_heads"]) // self.tp_size)
+
+    @property
+    def layer_norm(self) -> bool:
+        """LayerNorm with biases in the GPT class, RMSNorm in the Llama class; no field says it."""
+        return self.is_gpt
+
+    @property
+    def norm_epsilon(self) -> float:
+        return float(self.raw.get("norm_epsilon", 1e-5))
+
+    @property
+    def gated(self) -> bool:
+        """The GPT class is gated by the name of the activation, the dense Llama class always."""
+        return not self.is_gpt or self.raw.get("hidden_act") in GATED
+
+    @property
+    def activation(self) -> str:
+        """The function applied to ``fc``."""
+        name = str(self.raw.get("hidden_act", "gelu"))
+        return GATED.get(name, name)
+
+    @property
+    def attention_bias(self) -> bool:
+        return bool(self.raw.get("bias", True) if self.is_gpt else self.raw.get("attn_bias", False))
+
+    @property
+    def mlp_bias(self) -> bool:
+        return bool(self.raw.get("bias", True) if self.is_gpt else self.raw.get("mlp_bias", False))
+
+    @property
+    def q_scaling(self) -> float:
+        scaling = float(self.raw.get("q_scaling", 1.0)) if self.is_gpt else 1.0
+        by_layers = self.is_gpt and self.raw.get("apply_query_key_layer_scaling", False)
+        return scaling * self.raw["num_hidden_layers"] if by_layers else scaling
+
+    @property
+    def embedding_scale(self) -> float | None:
+        value = self.raw.get("embedding_scale") if self.is_gpt else None
+        return None if value is None else float(value)
+
+    @property
+    def position_type(self) -> str:
+        return str(self.raw.get("position_embedding_type", "learned_absolute"))
+
+    @property
+    def learned_positions(self) -> bool:
+        return self.position_type == "learned_absolute"
+
+    @property
+    def rotary_interleaved(self) -> bool:
+        return self.position_type == "rope_gptj"
+
+    @property
+    def rotary_size(self) -> int:
+        """Rotated elements of a head; the Llama class passes no percentage to its attention."""
+        return int(self.head_size * (float(self.raw.get("rotary_pct", 1.0)) if self.is_gpt else 1.0))
+
+    @property
+    def rotary_base(self) -> float:
+        return float(self.raw.get("rotary_base", 10000.0))
+
+    @property
+    def rotary_scaling(self) -> dict[str, float | str] | None:
+        """With its kind under ``type``; None for no scaling."""
+        scaling = self.raw.get("rotary_scaling")
+        if scaling is None:
+            return None
+        kind = scaling.get("type", scaling.get("rope_type"))
+        return None if kind == "none" else {**scaling, "type": kind}
+
+    @property
+    def parallel_embedding(self) -> bool:
+        return bool(self.raw.get("use_parallel_embedding", False))
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.raw.get("embedding_sharding_dim", 0))
+
+    def stage_layers(self) -> list[range]:
+        """Layers per stage, the first stages one more where they do not divide (mapping.py from 1.0 on)."""
+        base, extra = divmod(int(self.raw["num_hidden_layers"]), self.pp_size)
+        starts = [stage * base + min(stage, extra) for stage in range(self.pp_size + 1)]
+        return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+
+    def shapes(self, stage: int) -> dict[str, Shape]:
+        """Name -> shape of every tensor of a rank of a pipeline stage; tp ranks are alike."""
+        hidden, tp = self.hidden_size, self.tp_size
+        shapes: dict[str, Shape] = {}
+        if stage == 0:
+            shapes["transformer.vocab_embedding.weight"] = self._table(self.vocab_size)
+            if self.learned_positions:
+                positions = int(self.raw["max_position_embeddings"])
+                shapes["transformer.position_embedding.weight"] = self._table(positions)
+        for layer in range(len(self.stage_layers()[stage])):
+            shapes |= {f"transformer.layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+        if stage == self.pp_size - 1:
+            shapes |= self._norm_shapes("transformer.ln_f")
+            shapes["lm_head.weight"] = (math.ceil(self.vocab_size / tp), hidden)
+        return shapes
+
+    def _table(self, rows: int) -> Shape:
+        if not self.parallel_embedding:
+            return rows, self.hidden_size
+        tp = self.tp_size
+        return (math.ceil(rows / tp), self.hidden_size) if self.embedding_dim == 0 else (rows, self.hidden_size // tp)
+
+    def _norm_shapes(self, name: str) -> dict[str, Shape]:
+        kinds = ("weight", "bias") if self.layer_norm else ("weight",)
+        return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
+
+    def _layer_shapes(self) -> dict[str, Shape]:
+        hidden, queries = self.hidden_size, self.local_heads * self.head_size
+        qkv, ffn = queries + 2 * self.local_kv_heads * self.head_size, int(self.raw["intermediate_size"]) // self.tp_size
+        shapes: dict[str, Shape] = {**self._norm_shapes("input_layernorm"), **self._norm_shapes("post_layernorm")}
+        linears = {"attention.qkv": (qkv, hidden), "attention.dense": (hidden, queries), "mlp.fc": (ffn, hidden)}
+        linears |= {"mlp.gate": (ffn, hidden)} if self.gated else {}
+        for name, shape in {**linears, "mlp.proj": (hidden, ffn)}.items():
+            shapes[f"{name}.weight"] = shape
+            if self.attention_bias if name.startswith("attention") else self.mlp_bias:
+                shapes[f"{name}.bias"] = shape[:1]
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """One rank's safetensors file, opened; tensors are read when asked for."""
+
+    path: Path
+    handle: Any
+
+    def load(self, name: str) -> torch.Tensor:
+        """A tensor as stored."""
+        tensor: torch.Tensor = self.handle.get_tensor(name)
+        return tensor
+
+    def faults(self, expected: Mapping[str, Shape], dtype: str) -> Iterator[str]:
+        """What the engine's loader would refuse or warn about."""
+        names = set(self.handle.keys()) - ROTARY_TABLES
+        yield from (f"{self.path.name}: {name} is missing" for name in sorted(expected.keys() - names))
+        yield from (f"{self.path.name}: {name} is not a tensor of this rank" for name in sorted(names - expected.keys()))
+        for name in sorted(expected.keys() & names):
+            part = self.handle.get_slice(name)
+            found = (tuple(part.get_shape()), part.get_dtype())
+            if found != (expected[name], _SAFETENSORS_DTYPES[dtype]):
+                wanted = f"{_SAFETENSORS_DTYPES[dtype]} {list(expected[name])}"
+                yield f"{self.path.name}: {name} is {found[1]} {list(found[0])}, expected {wanted}"
+
+
+def open_ranks(folder: Path) -> tuple[EngineConfig, list[RankFile]]:
+    """config.json and the files of all ranks, tp fastest (mapping.py); every tensor's name, shape and dtype is checked.
+
+    Raises one `ExportError` with every fault.
+    """
+    config = read_config(folder)
+    faults = Faults(f"{folder}: not what TensorRT-LLM would load by this config.json")
+    ranks = []
+    for rank in range(config.tp_size * config.pp_size):
+        file = _open(folder / f"rank{rank}.safetensors", faults)
+        if file is not None:
+            faults.extend(file.faults(config.shapes(rank // config.tp_size), str(config.raw["dtype"])))
+            ranks.append(file)
+    faults.raise_if_any()
+    return config, ranks
+
+
+def read_config(folder: Path) -> EngineConfig:
+    """config.json of a TensorRT-LLM checkpoint; `ExportError` when it is none or asks for what is not interpreted."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("mapping"), dict):
+        raise ExportError(f"{path}: has no mapping; it is not of a TensorRT-LLM checkpoint")
+    try:
+        return EngineConfig(raw)
+    except KeyError as error:
+        raise ExportError(f"{path}: has no {error.args[0]}") from error
+
+
+def _open(path: Path, faults: Faults) -> RankFile | None:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ExportError("logits of an export are computed with safetensors; run: pip install safetensors") from error
+    try:
+        return RankFile(path, safe_open(path, "pt"))  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError) as error:
+        faults.add(f"{path.name}: {error}")
+        return None
