@@ -67,7 +67,7 @@ def file_entries(plan: ExportPlan, numbers: range, runs: Mapping[str, list[Run]]
     """
     faults = Faults("the export is not whole")
     files: dict[str, object] = {}
-    for number, shard in zip(numbers, plan.shards().values(), strict=True):
+    for number, shard in zip(numbers, plan.each_shard(), strict=True):
         tensors = {}
         for index, tensor in enumerate(shard.tensors):
             where = f"{shard.file_name}: {tensor.name}"

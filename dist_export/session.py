@@ -123,11 +123,11 @@ class ExportSession:
             self.left_out = self.job.validate()
             self.staging = publication.Staging(self.options.output)
             resumed = self._prepare_staging(self.staging)
-            shards = self.job.shards().values()
+            files = self.job.summaries()
             agreement = Agreement(
                 hosts=[host.decode() for host in hosts],
-                costs=[shard.num_data_bytes for shard in shards],
-                digests=[shard.digest() for shard in shards],
+                costs=[file.num_data_bytes for file in files],
+                digests=[file.digest for file in files],
                 attempt=self.staging.lease.token,
                 resumed=resumed,
             )
@@ -166,7 +166,7 @@ class ExportSession:
         shards = {number: self.job.shard(number) for number in placement.files_near(rank)}
         slabs, fills = collect_uses(shards, self.job.catalog.tensors)
         items = work_of(rank, placement, slabs)
-        items.sort(key=lambda item: [(c.file, c.offset) for c in index.chunks(item.slab.name)[:1]])
+        items.sort(key=lambda item: index.first_place(item.slab.name, item.slab.box(item.shape)))
         return items, fills_of(rank, placement, fills)
 
     def _transfer(self, agreement: Agreement, placement: Placement) -> Executor:

@@ -78,13 +78,13 @@ class _Entry:
             for position, stored in self.stored.items()
         )
 
-    def doubles(self) -> Iterator[tuple[_Stored, _Stored]]:
-        """Pairs of tensors that hold a position both: a stacked one and one with that number in its name."""
+    def doubles(self) -> Iterator[tuple[_Stored, _Stored, int]]:
+        """Two tensors that hold the same layer: a stacked one and one with that number in its name."""
         for position, stored in self.stored.items():
             for wider in {(position[0], -1), (-1, -1)} - {position}:
                 other = self.stored.get(wider)
                 if other is not None and other.holds(self._within(position, other)):
-                    yield stored, other
+                    yield stored, other, position[0]
 
     def _within(self, position: Position, other: _Stored) -> Shape:
         """Leading indices in `other` of the first slab at `position`."""
@@ -110,7 +110,7 @@ class SourceCatalog:
         for name, (shape, dtype) in self.tensors.items():
             self._enter(name, shape, dtype, faults)
         for entry in self._entries.values():
-            faults.extend(f"{a.name} and {b.name} both hold the same layer" for a, b in entry.doubles())
+            faults.extend(f"{a.name} and {b.name} both hold layer {layer}" for a, b, layer in entry.doubles())
         decoder = [entry for name, entry in self._entries.items() if name.startswith("decoder.layers.")]
         faults.raise_if_any()
         self.num_layers = max((entry.largest("layer") + 1 for entry in decoder), default=0)

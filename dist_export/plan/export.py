@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,10 +14,9 @@ from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import unexpected_sources
 from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.rules import Family
+from dist_export.plan.coverage import Coverage
 from dist_export.plan.shard import ShardPlan, ShardPlanner
-from dist_export.plan.work import slab_shape
-from dist_export.tensors.boxes import Box, uncovered_elements
-from dist_export.tensors.views import Slab
+from dist_export.tensors.boxes import Box
 
 CONFIG = "config.json"
 
@@ -34,6 +33,16 @@ class FileMaker(Protocol):
 
     def documents(self) -> Mapping[str, object]:
         """JSON files that describe the tensor files, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSummary:
+    """What is kept of a shard plan by processes that do not make the file."""
+
+    file_name: str
+    num_data_bytes: int
+    digest: str
+    """SHA-256 of the plan, hexadecimal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,7 @@ class ExportPlan:
     """Lines for people: layout, releases."""
     notes: tuple[str, ...] = ()
     _shards: dict[int, ShardPlan] = field(default_factory=dict)
+    _summaries: dict[int, ShardSummary] = field(default_factory=dict)
 
     @property
     def catalog(self) -> SourceCatalog:
@@ -69,7 +79,7 @@ class ExportPlan:
         return self.files.num_files
 
     def shard(self, number: int) -> ShardPlan:
-        """The plan of one output file, made on first use. `ExportError` names every fault of it."""
+        """The plan of one output file, made on first use and kept. `ExportError` names every fault of it."""
         if number not in self._shards:
             faults = Faults(f"the export cannot be planned (file {number})")
             shard = self.files.make(number, faults)
@@ -78,12 +88,29 @@ class ExportPlan:
         return self._shards[number]
 
     def shards(self) -> dict[int, ShardPlan]:
-        """All shard plans. `ExportError` with the faults of all files together."""
+        """All shard plans, kept. `ExportError` with the faults of all files together."""
+        self._shards.update(enumerate(self.each_shard()))
+        return dict(sorted(self._shards.items()))
+
+    def each_shard(self) -> Iterator[ShardPlan]:
+        """All shard plans one after the other, none of them kept: memory does not grow with their number.
+
+        Raises `ExportError` at the end, with the faults of all files together.
+        """
         faults = Faults("the export cannot be planned")
-        made = {n: self._shards.get(n) or self.files.make(n, faults) for n in range(self.num_files)}
+        for number in range(self.num_files):
+            shard = self._shards.get(number) or self.files.make(number, faults)
+            if not faults:
+                self._summaries[number] = ShardSummary(shard.file_name, shard.num_data_bytes, shard.digest())
+                yield shard
         faults.raise_if_any()
-        self._shards.update(made)
-        return made
+
+    def summaries(self) -> list[ShardSummary]:
+        """What all processes must agree on, per file; plans every file unless that was done before (`validate`)."""
+        if len(self._summaries) < self.num_files:
+            for _ in self.each_shard():
+                pass
+        return [self._summaries[number] for number in range(self.num_files)]
 
     def documents(self) -> dict[str, object]:
         """Every JSON file but the manifest; config.json is the last."""
@@ -92,8 +119,8 @@ class ExportPlan:
     def digest(self) -> str:
         """SHA-256 over configuration and all shard plans, hexadecimal."""
         state = hashlib.sha256(json.dumps([self.target, self.config], sort_keys=True).encode())
-        for shard in self.shards().values():
-            state.update(shard.digest().encode())
+        for summary in self.summaries():
+            state.update(summary.digest.encode())
         return state.hexdigest()
 
 
@@ -107,29 +134,24 @@ def validate(plan: ExportPlan) -> dict[str, int]:
     faults = unexpected_sources(plan.catalog, plan.family.source_rules, plan.resolved.config)
     faults.raise_if_any()
     faults = Faults("the plan is not a partition")
-    used: dict[Slab, set[Box]] = defaultdict(set)
-    for shard in plan.shards().values():
+    coverage = Coverage(plan.catalog.tensors)
+    for shard in plan.each_shard():
         for tensor in shard.tensors:
             faults.extend(f"{shard.file_name}: {tensor.name}: {fault}" for fault in tensor.view.faults())
-            for piece in tensor.view.pieces:
-                if piece.slab is not None:
-                    size = piece.box.size[len(piece.box.size) - len(piece.source_start) :]
-                    used[piece.slab].add(Box(piece.source_start, size))
-    left_out = _check_coverage(plan, used, faults)
+        coverage.add(shard)
+    left_out = _check_coverage(plan, coverage, faults)
     faults.raise_if_any()
     return left_out
 
 
-def _check_coverage(plan: ExportPlan, used: Mapping[Slab, set[Box]], faults: Faults) -> dict[str, int]:
-    config, catalog = plan.resolved.config, plan.catalog
+def _check_coverage(plan: ExportPlan, coverage: Coverage, faults: Faults) -> dict[str, int]:
+    config = plan.resolved.config
     padding = config.padded_vocab_size - config.vocab_size
     left_out: dict[str, int] = defaultdict(int)
-    for slab in catalog.slabs():
-        shape = slab_shape(slab, catalog.tensors)
-        missing = uncovered_elements(used.get(slab, ()), shape)
-        is_table = len(shape) == 2 and shape[0] == config.padded_vocab_size and bool(used.get(slab))
-        if missing and is_table and missing == padding * shape[1]:
+    for slab, shape, missing, used in coverage.gaps(plan.catalog.slabs()):
+        is_table = len(shape) == 2 and shape[0] == config.padded_vocab_size and used
+        if is_table and missing == padding * shape[1]:
             left_out["padding rows of the vocabulary"] += missing
-        elif missing:
+        else:
             faults.add(f"{slab}: {missing} of its {Box.whole(shape).num_elements} elements go nowhere")
     return dict(left_out)

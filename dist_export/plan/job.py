@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceCatalog
-from dist_export.plan.export import ExportPlan, validate
+from dist_export.plan.export import ExportPlan, ShardSummary, validate
 from dist_export.plan.shard import ShardPlan
 
 
@@ -55,6 +55,10 @@ class ExportJob:
     def shards(self) -> dict[int, ShardPlan]:
         """All shard plans by number."""
         return dict(enumerate(shard for plan in self.plans for shard in plan.shards().values()))
+
+    def summaries(self) -> list[ShardSummary]:
+        """What all processes must agree on, per file."""
+        return [summary for plan in self.plans for summary in plan.summaries()]
 
     def path(self, number: int) -> str:
         """The path of a file within the output."""

@@ -157,7 +157,7 @@ class ShardPlanner:
         ]
         ops = (*(values.pop() if values else ()), *rule.values(config))
         view = stack(joined) if rule.over_experts else joined[0]
-        return PlannedTensor(name, dtype, view, source_dtype, composed(ops))
+        return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed)
 
     def _input(self, part: Input, layer: int, expert: int) -> LogicalTensor:
         """The logical tensor of an input, or zeros (with no element type of their own) where the rule allows."""

@@ -25,6 +25,10 @@ class Slab:
     name: str
     prefix: Shape = ()
 
+    def box(self, shape: Shape) -> Box:
+        """Where the slab, of its own `shape`, lies in the stored tensor."""
+        return Box((*self.prefix, *(0 for _ in shape)), (*(1 for _ in self.prefix), *shape))
+
     def __str__(self) -> str:
         return self.name + "".join(f"[{i}]" for i in self.prefix)
 
