@@ -42,12 +42,12 @@ class OpenedModel:
     resolved: ResolvedConfig
 
 
-def open_model(source: Source) -> OpenedModel:
-    """Open a checkpoint and resolve its model configuration. Reads metadata only.
+def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedModel:
+    """Open a checkpoint (unless it is given) and resolve its model configuration. Reads metadata only.
 
     Raises `ExportError` when it cannot be read or its configuration is contradictory or incomplete.
     """
-    checkpoint = open_checkpoint(source.checkpoint, iteration=source.iteration)
+    checkpoint = checkpoint or open_checkpoint(source.checkpoint, iteration=source.iteration)
     catalog = SourceCatalog(checkpoint.index.shapes())
     resolved = resolve_config(
         arguments=checkpoint.arguments,

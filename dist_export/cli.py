@@ -16,6 +16,7 @@ from dist_export.runtime import exit_codes
 
 if TYPE_CHECKING:
     from dist_export.api import OpenedModel, Source, TargetOptions
+    from dist_export.checkpoint.open import Checkpoint
     from dist_export.plan.job import ExportJob
 
 EPILOG = """examples:
@@ -97,6 +98,9 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     target = parser.add_argument_group("target")
     target.add_argument("--target", action="append", choices=("trtllm", "hf"),
                         help="trtllm (default) or hf; given twice, both in one pass, in subfolders")  # fmt: skip
+    target.add_argument("--hf-reference", type=Path, metavar="DIR",
+                        help="hf: a folder of the same model to take configuration and tokenizer from")  # fmt: skip
+    target.add_argument("--tokenizer", type=Path, metavar="DIR", help="hf: a folder with tokenizer files")
     target.add_argument("--max-file-size", type=parse_size, default=5 << 30, metavar="SIZE",
                         help="hf: largest file, default 5g")  # fmt: skip
     target.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size, default 1")
@@ -136,6 +140,12 @@ def source_of(options: argparse.Namespace) -> Source:
         overrides[name] = (parse_override(name, text), "command line")
     if options.vocab_size:
         overrides["vocab_size"] = (options.vocab_size, "command line")
+    elif getattr(options, "hf_reference", None) and "vocab_size" not in overrides:
+        from dist_export.targets.huggingface.reference import Reference
+
+        size = Reference.read(options.hf_reference).vocab_size
+        if size is not None:
+            overrides["vocab_size"] = (size, f"Hugging Face reference {options.hf_reference}")
     return Source(
         checkpoint=options.checkpoint, iteration=options.iteration, overrides=overrides, family=options.family
     )
@@ -154,17 +164,24 @@ def targets_of(options: argparse.Namespace) -> list[TargetOptions]:
         embedding=EmbeddingSharding(not options.no_parallel_embedding, options.embedding_sharding_dim),
         release=options.trtllm_version,
     )
-    huggingface = HuggingFaceOptions(dtype=options.dtype, file_bytes=options.max_file_size)
+    huggingface = HuggingFaceOptions(
+        dtype=options.dtype,
+        file_bytes=options.max_file_size,
+        reference=str(options.hf_reference.absolute()) if options.hf_reference else None,
+        tokenizer=str(options.tokenizer.absolute()) if options.tokenizer else None,
+    )
     made: dict[str, TargetOptions] = {"trtllm": trtllm, "hf": huggingface}
     return [made[name] for name in dict.fromkeys(options.target or ["trtllm"])]
 
 
-def make_job(options: argparse.Namespace) -> tuple[OpenedModel, ExportJob]:
-    """The checkpoint and the plans that a command line asks for."""
+def make_job(
+    options: argparse.Namespace, checkpoint: Checkpoint | None = None
+) -> tuple[OpenedModel, ExportJob]:
+    """The checkpoint (opened here unless it is given) and the plans that a command line asks for."""
     from dist_export import api
 
     source = source_of(options)
-    model = api.open_model(source)
+    model = api.open_model(source, checkpoint)
     return model, api.plan_job(model, targets_of(options), family=source.family)
 
 

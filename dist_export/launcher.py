@@ -14,6 +14,7 @@ from dist_export.runtime.launch import run_local
 from dist_export.runtime.run import run_here
 from dist_export.runtime.world import detect_world
 from dist_export.session import ExportSession, RunOptions
+from dist_export.shared_index import open_shared
 
 
 def run_options(options: argparse.Namespace) -> RunOptions:
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def rank_main(group: Group) -> int:
-        model, job = make_job(options)
+        checkpoint = open_shared(options.checkpoint, group, iteration=options.iteration)
+        model, job = make_job(options, checkpoint)
         return export_rank(ExportSession(model.checkpoint, job, run_options(options), group, request_of(options)))
 
     return run_here(detect_world(os.environ), rank_main)

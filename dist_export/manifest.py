@@ -114,6 +114,7 @@ def build_manifest(
         },
         "notes": list(plan.notes),
         "checksum": "CRC-32 of each tensor's bytes",
+        "copied": {name: str(path) for name, path in plan.copies.items()},
         "files": files,
     }
 

@@ -40,6 +40,7 @@ from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError
 from dist_export.runtime.group import Group
 from dist_export.runtime.usage import Usage
+from dist_export.targets.huggingface.reference import without_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,8 +269,11 @@ class ExportSession:
             manifest = build_manifest(self.checkpoint, plan, entries, left_out=self.left_out[plan.target])
             manifest["request"] = {**self.request, "target": plan.target, "options": plan.options}
             manifest["run"] = {"processes": run_statistics(reports)}
+            for name, source in plan.copies.items():
+                publication.write_file(folder / plan.folder / name, without_code(name, source.read_bytes()))
             for name, document in {publication.MANIFEST: manifest, **plan.documents()}.items():
-                publication.write_file(folder / plan.folder / name, json.dumps(document, indent=2) + "\n")
+                text = json.dumps(document, indent=2) + "\n"
+                publication.write_file(folder / plan.folder / name, text.encode())
             publication.sync_folder(folder / plan.folder)
         publication.publish(folder, self.options.output)
 

@@ -74,9 +74,13 @@ def open_checkpoint(path: Path, *, iteration: int | None = None) -> Checkpoint:
     """
     folder = find_iteration(path, iteration=iteration)
     if torch_dist.is_torch_dist(folder):
-        index = torch_dist.read_index(folder)
-        return Checkpoint(index, torch_dist.read_common_state(index))
+        return checkpoint_of(torch_dist.read_index(folder))
     raise ExportError(_unrecognised(folder))
+
+
+def checkpoint_of(index: CheckpointIndex) -> Checkpoint:
+    """The checkpoint that a chunk table is of: reads what training saved beside the weights."""
+    return Checkpoint(index, torch_dist.read_common_state(index))
 
 
 def _numbered(path: Path, iteration: int) -> Path:

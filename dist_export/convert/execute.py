@@ -125,7 +125,8 @@ class Executor:
 
     def _tiles(self, items: Sequence[WorkItem]) -> Iterator[Tile]:
         for item in items:
-            rectangles = self.sources.rectangles(item.slab, item.shape, item.dtype)
+            needed = [item.needed(use) for use in item.uses]
+            rectangles = self.sources.rectangles(item.slab, item.shape, item.dtype, needed=needed)
             yield from cut(item, rectangles, self.budget.tile_bytes)
 
     def _work(self, tiles: Iterator[Tile]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from threading import Lock
 from dist_export.checkpoint.index import CheckpointIndex, Chunk
 from dist_export.checkpoint.torch_save import read_record
 from dist_export.errors import ExportError
+from dist_export.plan.work import Rectangle
 from dist_export.tensors.boxes import Box, Shape, row_major_strides
 from dist_export.tensors.dtypes import DType
 from dist_export.tensors.views import Slab
@@ -78,28 +79,32 @@ class SourceFiles:
         except OSError as error:
             raise ExportError(f"{self.index.path(file)}: cannot read at {offset}: {error.strerror}") from error
 
-    def rectangles(self, slab: Slab, shape: Shape, dtype: DType) -> list[SourceRectangle]:
-        """Where the slab's chunks lie, in order of rows. Reads the heads of their records once.
+    def rectangles(
+        self, slab: Slab, shape: Shape, dtype: DType, *, needed: Sequence[Rectangle] | None = None
+    ) -> list[SourceRectangle]:
+        """Where the slab's chunks lie, in order of rows: those that share an element with `needed` (None: all).
 
-        Raises `ExportError` when a record is not the tensor that the metadata promises.
+        Reads the heads of their records once: of no others, since with many processes heads would otherwise
+        be read as often as there are processes. Raises `ExportError` when a record is not the tensor that the
+        metadata promises.
         """
         box = Box((*slab.prefix, *(0 for _ in shape)), (*(1 for _ in slab.prefix), *shape))
-        chunks = self.index.chunks(slab.name, box)
-        found = [self._rectangle(slab, box, chunk, dtype) for chunk in chunks]
+        chunks = [(chunk, _common(chunk, box)) for chunk in self.index.chunks(slab.name, box)]
+        if needed is not None:
+            fixed = len(slab.prefix)
+            chunks = [(chunk, common) for chunk, common in chunks if _is_needed(common, fixed, needed)]
+        found = [self._rectangle(slab, chunk, common, dtype) for chunk, common in chunks]
         return sorted(found, key=lambda r: (r.rows, r.columns))
 
-    def _rectangle(self, slab: Slab, box: Box, chunk: Chunk, dtype: DType) -> SourceRectangle:
+    def _rectangle(self, slab: Slab, chunk: Chunk, common: Box, dtype: DType) -> SourceRectangle:
+        """The part `common` of a chunk, which lies within the slab."""
         offset, strides = self._locate(slab, chunk, dtype)
-        common = chunk.box.intersection(box)
-        assert common is not None, f"{chunk.box} was said to touch {box}"
         start = common.relative_to(chunk.box.start).start
         offset += sum(a * step for a, step in zip(start, strides, strict=True))
         fixed = len(slab.prefix)
-        inner, size, steps = common.start[fixed:], common.size[fixed:], strides[fixed:]
-        columns = (inner[-1], inner[-1] + size[-1]) if inner else (0, 1)
-        rows = (inner[0], inner[0] + size[0]) if len(inner) == 2 else (0, 1)
-        assert len(inner) <= 2, f"{slab} has {len(inner)} dims"
-        row_stride = steps[0] if len(inner) == 2 else dtype.itemsize * (columns[1] - columns[0])
+        steps = strides[fixed:]
+        rows, columns = _rows_and_columns(common, fixed)
+        row_stride = steps[0] if len(steps) == 2 else dtype.itemsize * (columns[1] - columns[0])
         return SourceRectangle(chunk.file, rows, columns, offset, row_stride, steps[-1] if steps else dtype.itemsize)
 
     def _locate(self, slab: Slab, chunk: Chunk, dtype: DType) -> tuple[int, Shape]:
@@ -152,6 +157,25 @@ class SourceFiles:
         excess = len(self._opened) - MAX_OPEN_FILES
         for file in [file for file, opened in self._opened.items() if opened.users == 0][: max(excess, 0)]:
             os.close(self._opened.pop(file).descriptor)
+
+
+def _common(chunk: Chunk, box: Box) -> Box:
+    common = chunk.box.intersection(box)
+    assert common is not None, f"{chunk.box} was said to touch {box}"
+    return common
+
+
+def _rows_and_columns(box: Box, fixed: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A box without its first `fixed` dims as (first row, end) and (first column, end)."""
+    start, stop = box.start[fixed:], box.stop[fixed:]
+    assert len(start) <= 2, f"{box} has {len(start)} dims"
+    columns = (start[-1], stop[-1]) if start else (0, 1)
+    return ((start[0], stop[0]) if len(start) == 2 else (0, 1)), columns
+
+
+def _is_needed(box: Box, fixed: int, needed: Sequence[Rectangle]) -> bool:
+    (top, bottom), (left, right) = _rows_and_columns(box, fixed)
+    return any(n[0] < bottom and top < n[1] and n[2] < right and left < n[3] for n in needed)
 
 
 def _rows_or_columns_lie_together(size: Shape, strides: Shape, itemsize: int) -> bool:

@@ -58,7 +58,9 @@ def _as_torch(block: npt.NDArray[Any], dtype: DType) -> torch.Tensor:
 
 
 def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    result: npt.NDArray[Any] = tensor.reshape(-1).view(torch.uint8).numpy()
+    # A contiguous tensor of one element may have any stride, which view refuses.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    result: npt.NDArray[Any] = flat.view(torch.uint8).numpy()
     return result
 
 

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from dist_export.errors import Faults
@@ -62,6 +63,8 @@ class ExportPlan:
     """The contents of config.json."""
     more_documents: Mapping[str, object] = field(default_factory=dict)
     """Other JSON files, by name."""
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    """Files taken over from elsewhere, by name: tokenizers."""
     options: Mapping[str, object]
     """What the user chose, as plain values: enough to make the plan again."""
     facts: Mapping[str, str]

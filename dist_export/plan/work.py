@@ -95,7 +95,11 @@ class WorkItem:
     @property
     def num_bytes_needed(self) -> int:
         """Source bytes that some use needs, each counted once."""
-        return _union_area([_clipped(use.source, self.rows) for use in self.uses]) * self.dtype.itemsize
+        return _union_area([self.needed(use) for use in self.uses]) * self.dtype.itemsize
+
+    def needed(self, use: Use) -> Rectangle:
+        """The part of a use that lies in these rows."""
+        return _clipped(use.source, self.rows)
 
     @property
     def num_bytes_written(self) -> int:

@@ -104,11 +104,11 @@ class Staging:
 _FINISHED = ".finished-"
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write a small file and wait until it is on disk."""
     try:
-        with path.open("x") as file:
-            file.write(text)
+        with path.open("xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

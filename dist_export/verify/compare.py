@@ -195,16 +195,16 @@ class Comparer:
             column: Block = np.empty(num_rows, part.dtype)
             for number in range(num_columns):
                 offset = start + number * rectangle.column_stride
-                self.sources.read_into(rectangle.file, offset, memoryview(column).cast("B"))
+                self.sources.read_into(rectangle.file, offset, column.data.cast("B"))
                 part[:, number] = column
         elif rectangle.row_stride == num_columns * itemsize or num_rows == 1:
             whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
-            self.sources.read_into(rectangle.file, start, memoryview(whole).cast("B"))
+            self.sources.read_into(rectangle.file, start, whole.data.cast("B"))
             if whole is not part:
                 part[...] = whole
         else:
             for number in range(num_rows):
-                row = memoryview(part[number]).cast("B")
+                row = part[number].data.cast("B")
                 self.sources.read_into(rectangle.file, start + number * rectangle.row_stride, row)
 
 

@@ -135,7 +135,8 @@ def _check_entry(check: FolderCheck, shard: ShardPlan, entry: object) -> None:
         return
     planned = {tensor.name: tensor for tensor in shard.tensors}
     for name in sorted(planned.keys() ^ tensors.keys()):
-        check.add(CHECKSUMS, MANIFEST, f"{shard.file_name}: {'lacks' if name in planned else 'lists an unknown'} {name}")
+        verb = "lacks" if name in planned else "lists an unknown"
+        check.add(CHECKSUMS, MANIFEST, f"{verb} {name} in {shard.file_name}")
     for name in planned.keys() & tensors.keys():
         said = tensors[name]
         expected = [planned[name].dtype.name, list(planned[name].shape)]

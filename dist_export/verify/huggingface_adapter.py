@@ -5,6 +5,7 @@ Importing this module imports torch; transformers is imported when it runs.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def run_huggingface(folder: Path, tokens: torch.Tensor, *, dtype: torch.dtype = 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise ExportError(INSTALL_HINT) from error
     level = transformers.logging.get_verbosity()
@@ -140,11 +141,10 @@ def _watch(model: Any, modules: Modules, trace: Trace) -> None:
 
 def _record_attention(model: Any, modules: Modules, trace: Trace) -> None:
     """Have the model attend through a function that records query, key and value and computes as before."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    numbers = {}
+    transformers: Any = importlib.import_module("transformers")
+    sdpa: Any = importlib.import_module("transformers.integrations.sdpa_attention")
+    masks: Any = importlib.import_module("transformers.masking_utils")
+    numbers: dict[int, int] = {}
     for number, layer in enumerate(model.get_submodule(modules.layers)):
         numbers |= {id(module): number for module in layer.modules()}
 
@@ -153,8 +153,8 @@ def _record_attention(model: Any, modules: Modules, trace: Trace) -> None:
         for name, state in ((at.QUERY, query), (at.KEY, key), (at.VALUE, value)):
             source = f"{modules.layers}.{number}, {name} projection"
             trace.record(Point(name, number), state.transpose(1, 2), source)
-        return sdpa_attention_forward(module, query, key, value, *args, **kw)
+        return sdpa.sdpa_attention_forward(module, query, key, value, *args, **kw)
 
-    AttentionInterface.register(_ATTENTION, attend)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    transformers.AttentionInterface.register(_ATTENTION, attend)
+    transformers.AttentionMaskInterface.register(_ATTENTION, masks.sdpa_mask)
     model.set_attn_implementation(_ATTENTION)

@@ -11,15 +11,15 @@ tied to the head) a source tensor can be rebuilt in several ways; together they 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.layout_ops import TrimVocabulary
 from dist_export.models.rules import Input, Scope, SourceRule, TargetRule
 from dist_export.models.shard_ops import ShardOp, TensorParallel
-from dist_export.plan.work import OutputTensor, Rectangle, SlabUses, Use, flat_rectangle
+from dist_export.plan.work import OutputTensor, SlabUses, Use, flat_rectangle
 from dist_export.tensors.boxes import Box, Shape
 from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.tensors.views import Piece, Slab, View
@@ -84,19 +84,18 @@ class InverseRules:
     def rebuild(self, origin: SourceOrigin) -> RebuiltSource:
         """The source of `origin` as uses of the output; `ExportError` when some part of it is nowhere."""
         views = self._rebuilt_views(origin)
-        shape, uses = origin.tensor.shape, dict[tuple[Rectangle, int, int, int, int], Use]()
+        shape, uses = origin.tensor.shape, list[Use]()
         for view in views:
             if view.shape != shape:
                 raise ExportError(f"{origin}: comes back with shape {list(view.shape)}, expected {list(shape)}")
             for piece in view.pieces:
                 if piece.slab is not None and piece.box.num_elements:
-                    use = self._use(piece, piece.slab, shape)
-                    uses[use.source, use.output.file, use.output.index, use.row, use.column] = use
+                    uses.append(self._use(piece, piece.slab, shape))
         left_out = sum(p.box.num_elements for p in views[0].pieces if p.slab is None)
         if left_out and not isinstance(origin.rule.op, TrimVocabulary):
             raise ExportError(f"{origin}: {left_out} of its elements are nowhere in the output")
         dtype = dtype_by_name(origin.tensor.dtype, where=origin.tensor.slab.name)
-        return RebuiltSource(origin, SlabUses(origin.tensor.slab, shape, dtype, tuple(uses.values())), left_out)
+        return RebuiltSource(origin, SlabUses(origin.tensor.slab, shape, dtype, tuple(_without_repeats(uses))), left_out)
 
     def _use(self, piece: Piece, slab: Slab, shape: Shape) -> Use:
         output = self.output.of_slab(slab)
@@ -206,3 +205,27 @@ class InverseRules:
                     index = [i + s for i, s in zip(inner, piece.box.start, strict=True)]
                     return f"{name.replace('{layer}', str(origin.layer))}{index}"
         return f"{origin.tensor.slab}{list(position)}"
+
+
+def _without_repeats(uses: Iterable[Use]) -> Iterator[Use]:
+    """The same comparisons, each once: the ways to rebuild a source share what has no copies.
+
+    Neighbouring pieces may be joined in one way and apart in another, so equal places are told by where they lie in
+    the output relative to the source.
+    """
+    places: dict[tuple[int, int, int, int, int, int], list[Use]] = defaultdict(list)
+    for use in uses:
+        top, _, left, right = use.source
+        shift = (use.row - top, use.column - left)
+        places[(use.output.file, use.output.index, *shift, left, right)].append(use)
+    for same in places.values():
+        same.sort(key=lambda use: use.source[:2])
+        joined = same[0]
+        for use in same[1:]:
+            if use.source[0] <= joined.source[1]:
+                top, bottom, left, right = joined.source
+                joined = replace(joined, source=(top, max(bottom, use.source[1]), left, right))
+            else:
+                yield joined
+                joined = use
+        yield joined

@@ -89,7 +89,7 @@ class LogitsReport:
     def _verdict(self) -> str:
         first = self.first_difference
         if first is None:
-            return "logits agree" if self.agrees else self._differ("all hidden states agree, the logits differ: lm_head")
+            return "logits agree" if self.agrees else self._differ("hidden states agree, so the output layer is wrong")
         layer, place = first.point.layer, f"{first.point.name} ({first.relative:.2g})"
         if layer is None:
             text = f"the {place} differs" + ("" if first.point.name == at.EMBEDDING else ", all layers before agree")
@@ -177,7 +177,7 @@ def _hint(reference: Trace, point: Point, expected: torch.Tensor, state: torch.T
         return "right at position 0 and wrong after it: rotary base, percentage, scaling or pairing"
     for other, name in _others(reference, point):
         if other.shape == state.shape and _relative(other[:, :1], first) <= tolerance:
-            return f"it is the reference's {name}: the two are exchanged"
+            return f"equals the reference's {name}: exchanged"
     if point.name in (at.ATTENTION_NORM, at.MLP_NORM, at.FINAL_NORM) and _is_normalized(state - expected):
         return "off by exactly the normalised input: the one of zero-centred norms was left out or added twice"
     heads, expected_heads = first.flatten(2), expected_first.flatten(2)
@@ -249,7 +249,7 @@ def _kind_of(output: Path) -> tuple[str, str]:
         return "trtllm", str(config.get("dtype"))
     if isinstance(config, dict) and "model_type" in config:
         return "hf", str(config.get("dtype", config.get("torch_dtype")))
-    raise ExportError(f"{path}: neither of a TensorRT-LLM checkpoint (no mapping) nor of a Hugging Face one (no model_type)")
+    raise ExportError(f"{path}: has neither mapping (TensorRT-LLM) nor model_type (Hugging Face); not an export")
 
 
 def _model_config(checkpoint: Checkpoint, overrides: Mapping[str, tuple[object, str]]) -> ModelConfig:
@@ -263,9 +263,7 @@ def _model_config(checkpoint: Checkpoint, overrides: Mapping[str, tuple[object, 
     return resolved.config
 
 
-def _token_ids(
-    config: ModelConfig, tokens: Sequence[Sequence[int]] | None, num_tokens: int, seed: int
-) -> torch.Tensor:
+def _token_ids(config: ModelConfig, tokens: Sequence[Sequence[int]] | None, num_tokens: int, seed: int) -> torch.Tensor:
     if tokens is None:
         length = min(num_tokens, config.max_position_embeddings, config.window_size or num_tokens)
         return torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))

@@ -91,7 +91,7 @@ def _megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(torch.cuda, _CUDA_ON_CPU))
         for module in (random, tensor_parallel, layers):
             stack.enter_context(_replaced(module, {"get_cuda_rng_tracker": lambda *_, **__: _NoRngTracker()}))
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(1, 1)
         stack.callback(parallel_state.destroy_model_parallel)
@@ -234,7 +234,7 @@ class _Source:
 
 
 def _sources(model: Any, index: CheckpointIndex) -> dict[str, _Source]:
-    """Parameter name -> where the checkpoint has it, as Megatron's sharded state dict says. Nothing may be left over."""
+    """Parameter name -> where the checkpoint has it, by Megatron's sharded state dict. Nothing may be left over."""
     names = set(index.tensors)
     layout = {
         "non_homogeneous_layers": any(name.startswith("decoder.layers.0.") for name in names),

@@ -117,7 +117,8 @@ class OutputReader:
         if planned.transposed:
             height = planned.view.shape[0]
             stored = self._read_rows(tensor, height, Region(region.columns, region.rows))
-            return stored.T
+            turned: Block = stored.T
+            return turned
         return self._read_rows(tensor, tensor.width, region)
 
     def _read_rows(self, tensor: OutputTensor, width: int, region: Region) -> Block:
@@ -126,7 +127,7 @@ class OutputReader:
         block: Block = np.empty(region.shape, f"u{itemsize}")
         for first, rows in _runs(region, width):
             start = tensor.offset + ((region.rows[0] + first) * width + region.columns[0]) * itemsize
-            self.read_at(tensor.file, start, memoryview(block[first : first + rows]).cast("B"))
+            self.read_at(tensor.file, start, block[first : first + rows].data.cast("B"))
         return block
 
 

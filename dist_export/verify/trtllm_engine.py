@@ -6,6 +6,7 @@ tables and layouts of the exporter, so that a mistake there is not repeated here
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -176,7 +177,7 @@ class EngineConfig:
         """Layers per stage, the first stages one more where they do not divide (mapping.py from 1.0 on)."""
         base, extra = divmod(int(self.raw["num_hidden_layers"]), self.pp_size)
         starts = [stage * base + min(stage, extra) for stage in range(self.pp_size + 1)]
-        return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        return [range(a, b) for a, b in itertools.pairwise(starts)]
 
     def shapes(self, stage: int) -> dict[str, Shape]:
         """Name -> shape of every tensor of a rank of a pipeline stage; tp ranks are alike."""
@@ -206,7 +207,8 @@ class EngineConfig:
 
     def _layer_shapes(self) -> dict[str, Shape]:
         hidden, queries = self.hidden_size, self.local_heads * self.head_size
-        qkv, ffn = queries + 2 * self.local_kv_heads * self.head_size, int(self.raw["intermediate_size"]) // self.tp_size
+        qkv = queries + 2 * self.local_kv_heads * self.head_size
+        ffn = int(self.raw["intermediate_size"]) // self.tp_size
         shapes: dict[str, Shape] = {**self._norm_shapes("input_layernorm"), **self._norm_shapes("post_layernorm")}
         linears = {"attention.qkv": (qkv, hidden), "attention.dense": (hidden, queries), "mlp.fc": (ffn, hidden)}
         linears |= {"mlp.gate": (ffn, hidden)} if self.gated else {}
@@ -232,14 +234,15 @@ class RankFile:
     def faults(self, expected: Mapping[str, Shape], dtype: str) -> Iterator[str]:
         """What the engine's loader would refuse or warn about."""
         names = set(self.handle.keys()) - ROTARY_TABLES
-        yield from (f"{self.path.name}: {name} is missing" for name in sorted(expected.keys() - names))
-        yield from (f"{self.path.name}: {name} is not a tensor of this rank" for name in sorted(names - expected.keys()))
+        file = self.path.name
+        yield from (f"{file}: {name} is missing" for name in sorted(expected.keys() - names))
+        yield from (f"{file}: {name} is not a tensor of this rank" for name in sorted(names - expected.keys()))
         for name in sorted(expected.keys() & names):
             part = self.handle.get_slice(name)
             found = (tuple(part.get_shape()), part.get_dtype())
             if found != (expected[name], _SAFETENSORS_DTYPES[dtype]):
                 wanted = f"{_SAFETENSORS_DTYPES[dtype]} {list(expected[name])}"
-                yield f"{self.path.name}: {name} is {found[1]} {list(found[0])}, expected {wanted}"
+                yield f"{file}: {name} is {found[1]} {list(found[0])}, expected {wanted}"
 
 
 def open_ranks(folder: Path) -> tuple[EngineConfig, list[RankFile]]:
@@ -280,7 +283,7 @@ def _open(path: Path, faults: Faults) -> RankFile | None:
     except ImportError as error:
         raise ExportError("logits of an export are computed with safetensors; run: pip install safetensors") from error
     try:
-        return RankFile(path, safe_open(path, "pt"))  # type: ignore[no-untyped-call]
+        return RankFile(path, safe_open(path, "pt"))
     except (OSError, SafetensorError) as error:
         faults.add(f"{path.name}: {error}")
         return None

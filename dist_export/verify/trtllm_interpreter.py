@@ -69,7 +69,8 @@ class _Run:
         self.config, self.dtype, self.trace = config, dtype, Trace()
         size = config.tp_size
         self.stages = [
-            _Stage(ranks[stage * size : (stage + 1) * size], layers) for stage, layers in enumerate(config.stage_layers())
+            _Stage(ranks[stage * size : (stage + 1) * size], layers)
+            for stage, layers in enumerate(config.stage_layers())
         ]
 
     def run(self, tokens: torch.Tensor) -> Trace:
@@ -95,8 +96,10 @@ class _Run:
             x, self.load(file, f"{name}.weight"), self.load(file, f"{name}.bias") if bias else None
         )
 
-    def row_linear(self, files: Sequence[RankFile], name: str, parts: Sequence[torch.Tensor], bias: bool) -> torch.Tensor:
-        """Row-parallel: the ranks' partial products summed by the all-reduce, then the bias once (linear.py, RowLinear)."""
+    def row_linear(
+        self, files: Sequence[RankFile], name: str, parts: Sequence[torch.Tensor], bias: bool
+    ) -> torch.Tensor:
+        """Partial products summed by the all-reduce, then the bias once (linear.py, ``RowLinear``)."""
         total = sum_of([self.linear(file, name, part) for file, part in zip(files, parts, strict=True)])
         return total + self.load(files[0], f"{name}.bias") if bias else total
 
@@ -172,7 +175,8 @@ class _Layer:
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One rank's fused product -> its query, key and value heads [batch, position, head, head size], rotated."""
         queries, keys = self.config.local_heads, self.config.local_kv_heads
-        query, key, value = qkv.unflatten(-1, (-1, self.config.head_size)).split((queries, keys, keys), 2)
+        heads = qkv.reshape(*qkv.shape[:-1], -1, self.config.head_size)
+        query, key, value = torch.split(heads, [queries, keys, keys], 2)
         if self.rotary is not None:
             query, key = self.rotary.rotate(query), self.rotary.rotate(key)
         return query, key, value
@@ -223,12 +227,11 @@ class Rotary:
         """Rotate the first elements of every head of x [batch, position, head, head size]; the rest passes."""
         size = 2 * self.cos.shape[-1]
         head, rest = x[..., :size], x[..., size:]
-        pairs = head.unflatten(-1, (-1, 2)) if self.interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
-        a, b = pairs[..., 0], pairs[..., 1]
+        a, b = (head[..., ::2], head[..., 1::2]) if self.interleaved else head.chunk(2, -1)
         cos, sin = (angles[:, None].to(x.dtype) for angles in (self.cos, self.sin))
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
-        turned = turned if self.interleaved else turned.transpose(-1, -2)
-        return torch.cat((turned.flatten(-2), rest), -1)
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        joined = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+        return torch.cat((joined, rest), -1)
 
 
 def _scaled(frequencies: torch.Tensor, scaling: dict[str, float | str] | None) -> torch.Tensor:

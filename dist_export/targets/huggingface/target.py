@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
@@ -15,6 +16,7 @@ from dist_export.plan.layout import TargetLayout
 from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.huggingface.config import build_config, generation_config, model_faults
 from dist_export.targets.huggingface.files import DEFAULT_FILE_BYTES, INDEX, build_index, name_files, split_files
+from dist_export.targets.huggingface.reference import GENERATION, Reference, read_json, tokenizer_files
 from dist_export.targets.huggingface.tables import TABLES
 from dist_export.tensors.dtypes import dtype_by_name
 
@@ -28,6 +30,15 @@ class HuggingFaceOptions:
     dtype: str = "bfloat16"
     file_bytes: int = DEFAULT_FILE_BYTES
     """Largest size of one file's tensors."""
+    reference: str | None = None
+    """A Hugging Face folder of the same model: configuration, tokenizer, vocabulary size."""
+    tokenizer: str | None = None
+    """A folder with tokenizer files, before those of the reference."""
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, object]) -> HuggingFaceOptions:
+        """Options out of a manifest."""
+        return cls(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,18 @@ def plan_export(
     logical = LogicalModel(catalog, family.source_rules, model)
     layout = TargetLayout(1, 1, (model.num_layers,))
     planner = ShardPlanner(TABLES[architecture], logical, layout, dtype_by_name(options.dtype))
+    config = build_config(architecture, model, options.dtype)
+    documents: dict[str, object] = {GENERATION: generation_config()}
+    copies: dict[str, Path] = {}
+    if options.reference is not None:
+        reference = Reference.read(Path(options.reference))
+        config = reference.merged_config(config)
+        if (reference.folder / GENERATION).is_file():
+            documents[GENERATION] = read_json(reference.folder / GENERATION)
+        if options.tokenizer is None:
+            copies = tokenizer_files(reference.folder)
+    if options.tokenizer is not None:
+        copies = tokenizer_files(Path(options.tokenizer))
     return ExportPlan(
         target=NAME,
         folder=folder,
@@ -79,8 +102,9 @@ def plan_export(
         resolved=resolved,
         planner=planner,
         files=SizedFiles(planner, options.file_bytes),
-        config=build_config(architecture, model, options.dtype),
-        more_documents={"generation_config.json": generation_config()},
+        config=config,
+        more_documents=documents,
+        copies=copies,
         options=asdict(options),
         facts={"layout": "Hugging Face folder", "next": "vllm serve {output}"},
         notes=resolved.notes,

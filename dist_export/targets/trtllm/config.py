@@ -98,8 +98,10 @@ def _positions(model: ModelConfig) -> dict[str, object]:
     """Position fields. The type is always written: rotary tables are built from this field alone."""
     scaling = None
     if model.rope_scaling is not None:
-        scaling = {key: value for key, value in asdict(model.rope_scaling).items() if value is not None}
+        scaling = asdict(model.rope_scaling)
         scaling["type"] = scaling.pop("kind")
+        if scaling["type"] == "linear":  # the other numbers mean nothing there
+            scaling = {"type": "linear", "factor": model.rope_scaling.factor}
     kind = "rope_gptj" if model.rotary_interleaved else "rope_gpt_neox"
     return {
         "position_embedding_type": kind if model.position_embedding == "rope" else "learned_absolute",

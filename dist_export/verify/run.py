@@ -1,0 +1,261 @@
+"""Verifying an output folder: the plan is made again from what the manifest records, then checked level by level."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_export.api import OpenedModel, Source, TargetOptions, open_model, plan
+from dist_export.checkpoint.open import TRACKER
+from dist_export.convert.sources import SourceFiles
+from dist_export.errors import ExportError
+from dist_export.models.overrides import coerce_override
+from dist_export.plan.export import ExportPlan
+from dist_export.runtime.group import Group
+from dist_export.targets.huggingface.target import NAME as HUGGING_FACE
+from dist_export.targets.huggingface.target import HuggingFaceOptions
+from dist_export.targets.trtllm.target import NAME as TRTLLM
+from dist_export.targets.trtllm.target import TrtllmOptions
+from dist_export.verify import checksums
+from dist_export.verify.files import MANIFEST, FolderCheck, check_folder, read_manifest
+from dist_export.verify.findings import CHECKSUMS, COVERAGE, LEVELS, PLAN, REBUILD, Finding, VerifyReport
+from dist_export.verify.inverse import InverseRules
+from dist_export.verify.output import OutputReader, PlannedOutput
+from dist_export.verify.rebuild import RankComparison, Rebuild, check_coverage
+
+FROM_MANIFEST = "export manifest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    """How to verify."""
+
+    levels: tuple[str, ...] = LEVELS
+    sha256: bool = False
+    num_threads: int = 2
+    device: str = "cpu"
+    """Torch device for much arithmetic."""
+
+    def __post_init__(self) -> None:
+        unknown = [level for level in self.levels if level not in LEVELS]
+        if unknown or not self.levels:
+            raise ExportError(f"no such verification level: {', '.join(unknown)}; there are {', '.join(LEVELS)}")
+
+
+def find_exports(output: Path) -> list[Path]:
+    """The folders of an output that hold an export: itself, or those of several targets.
+
+    Raises `ExportError` when there is none.
+    """
+    if not output.is_dir():
+        raise ExportError(f"{output}: no such folder")
+    if (output / MANIFEST).is_file():
+        return [output]
+    found = sorted(path for path in output.iterdir() if path.is_dir() and (path / MANIFEST).is_file())
+    if not found:
+        raise ExportError(f"{output}: has no {MANIFEST}; it is not an export, or an unfinished one")
+    return found
+
+
+def source_from_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> Source:
+    """The source as it was named for the export, at `checkpoint`: same iteration, overrides and family.
+
+    The iteration is the recorded one even where training has saved later ones since.
+    """
+    request, recorded = manifest["request"], manifest["source"].get("iteration")
+    iteration = request.get("iteration")
+    if iteration is None and isinstance(recorded, int) and (checkpoint / f"iter_{recorded:07d}").is_dir():
+        iteration = recorded
+    given = request.get("overrides") or {}
+    overrides = {name: (coerce_override(name, value), FROM_MANIFEST) for name, value in given.items()}
+    has_iterations = (checkpoint / TRACKER).is_file() or (
+        iteration is not None and (checkpoint / f"iter_{iteration:07d}").is_dir()
+    )
+    return Source(
+        checkpoint=checkpoint,
+        iteration=iteration if has_iterations else None,
+        overrides=overrides,
+        family=request.get("family"),
+    )
+
+
+def plan_from_manifest(model: OpenedModel, manifest: Mapping[str, Any]) -> ExportPlan:
+    """The plan of an export, made anew with the options its manifest records.
+
+    Raises `ExportError` when the options are not those of a known target, or cannot be planned.
+    """
+    request = manifest["request"]
+    name, options = request.get("target"), request.get("options")
+    makers: dict[object, Callable[[Mapping[str, object]], TargetOptions]] = {
+        TRTLLM: TrtllmOptions.from_plain,
+        HUGGING_FACE: _hugging_face_options,
+    }
+    if name not in makers or not isinstance(options, dict):
+        raise ExportError(f"{MANIFEST}: request names no known target ({name!r}); known: {', '.join(map(str, makers))}")
+    try:
+        chosen = makers[name](options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ExportError(f"{MANIFEST}: the options of {name} cannot be read: {error}") from error
+    return plan(model, chosen, family=request.get("family"))
+
+
+def _hugging_face_options(values: Mapping[str, object]) -> HuggingFaceOptions:
+    maker = getattr(HuggingFaceOptions, "from_plain", None)
+    made = maker(values) if maker else HuggingFaceOptions(**values)  # type: ignore[arg-type]
+    assert isinstance(made, HuggingFaceOptions)
+    return made
+
+
+def verify_export(
+    checkpoint: Path, output: Path, *, options: VerifyOptions | None = None, group: Group | None = None
+) -> VerifyReport:
+    """Verify one output folder (`find_exports`) against the checkpoint it was made from. All ranks call it.
+
+    Every rank returns the same report. What is wrong with the export is in the report; `ExportError` is raised when
+    it cannot be verified at all: no manifest, a checkpoint that cannot be read.
+    """
+    manifest = read_manifest(output)
+    model = open_model(source_from_manifest(checkpoint, manifest))
+    made = plan_from_manifest(model, manifest)
+    verification = Verification(model, made, manifest, output, options or VerifyOptions(), group or Group.single())
+    return verification.run()
+
+
+@dataclass(slots=True)
+class Verification:
+    """One rank's part of verifying a folder against a plan."""
+
+    model: OpenedModel
+    plan: ExportPlan
+    manifest: Mapping[str, Any]
+    folder: Path
+    options: VerifyOptions
+    group: Group
+    faults: list[Finding] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_bytes_checked: int = 0
+    num_bytes_compared: int = 0
+
+    def run(self) -> VerifyReport:
+        """All levels asked for. All ranks call it."""
+        output = PlannedOutput(self.plan)
+        readable = self._check_folder()
+        names = {number: name for number, name in output.file_names.items() if number in readable}
+        with OutputReader(self.folder, names) as reader:
+            if CHECKSUMS in self.options.levels:
+                with self._phase(CHECKSUMS):
+                    self._checksums(output, reader, sorted(readable))
+            if COVERAGE in self.options.levels and self.group.rank == 0:
+                with self._phase(COVERAGE):
+                    self._coverage(output)
+            if REBUILD in self.options.levels:
+                with self._phase(REBUILD):
+                    self._rebuild(output, reader, readable)
+        return self._report(output)
+
+    def _step(self, name: str) -> str:
+        """A step of the group: each folder has its own."""
+        return f"verify {self.folder}: {name}"
+
+    def _check_folder(self) -> frozenset[int]:
+        """Rank 0 looks; every rank learns which files can be read."""
+        message = None
+        if self.group.rank == 0:
+            self._check_source()
+            check = check_folder(self.folder, self.manifest, self.plan)
+            self._take(check)
+            message = json.dumps(check.readable).encode()
+        return frozenset(json.loads(self.group.broadcast(self._step("files"), message)))
+
+    def _check_source(self) -> None:
+        recorded, opened = self.manifest["source"].get("iteration"), self.model.checkpoint.iteration
+        if recorded != opened:
+            message = f"was made from iteration {recorded}, the checkpoint given is of iteration {opened}"
+            self.faults.append(Finding(PLAN, MANIFEST, message))
+
+    def _take(self, check: FolderCheck) -> None:
+        self.faults += check.faults
+        self.warnings += check.warnings
+
+    def _checksums(self, output: PlannedOutput, reader: OutputReader, files: Sequence[int]) -> None:
+        group = self.group
+        segments = checksums.share(checksums.segments_of(output, files), group.rank, group.world_size)
+        group.progress.add(total=sum(segment.end - segment.start for segment in segments))
+        results = checksums.checksum_segments(
+            segments, reader, num_threads=self.options.num_threads, progress=self._progress
+        )
+        gathered = group.gather(self._step("checksums"), checksums.encode(results))
+        hashed = files[group.rank :: group.world_size] if self.options.sha256 else ()
+        digests = dict(checksums.sha256_of(reader, hashed))
+        whole = group.gather(self._step("sha256"), json.dumps(digests).encode())
+        if gathered is None or whole is None:
+            return
+        sums = checksums.TensorSums()
+        for data in gathered:
+            sums.add(checksums.decode(data))
+        self.num_bytes_checked = sum(each.run[1] for results in sums.by_tensor.values() for each in results)
+        faults, warnings = checksums.checksum_findings(output, sums, self.manifest["files"])
+        for data in whole:
+            self.sha256 |= json.loads(data)
+        self.sha256 = dict(sorted(self.sha256.items()))
+        self.faults += [*faults, *checksums.sha256_findings(self.sha256, self.manifest["files"])]
+        self.warnings += warnings
+
+    def _coverage(self, output: PlannedOutput) -> None:
+        recorded = self.manifest["source"].get("elements_left_out")
+        coverage = check_coverage(InverseRules(output), recorded if isinstance(recorded, dict) else {})
+        self.faults += coverage.faults
+        self.left_out = coverage.left_out
+
+    def _rebuild(self, output: PlannedOutput, reader: OutputReader, readable: frozenset[int]) -> None:
+        group = self.group
+        sources = SourceFiles(self.model.checkpoint.index)
+        rebuild = Rebuild(InverseRules(output), sources, reader, readable, self.options.device)
+        try:
+            work = rebuild.work(group.rank, group.world_size)
+            zeros = rebuild.zeros(group.rank, group.world_size)
+            group.progress.add(total=sum(source.num_bytes for source in work))
+            mine = rebuild.compare(work, zeros, progress=self._progress)
+            gathered = group.gather(self._step("differences"), mine.encode())
+            if gathered is not None:
+                comparisons = [RankComparison.decode(data) for data in gathered]
+                self.num_bytes_compared = sum(each.num_bytes for each in comparisons)
+                self.faults += rebuild.findings(comparisons)
+        finally:
+            sources.close()
+
+    def _report(self, output: PlannedOutput) -> VerifyReport:
+        """Rank 0's report, on every rank."""
+        report = VerifyReport(
+            output=str(self.folder),
+            target=self.plan.target,
+            levels=self.options.levels,
+            faults=tuple(self.faults),
+            warnings=tuple(self.warnings),
+            num_tensors=len(output.tensors),
+            num_bytes_checked=self.num_bytes_checked,
+            num_bytes_compared=self.num_bytes_compared,
+            elements_left_out=self.left_out,
+            sha256=self.sha256,
+            seconds=self.seconds,
+        )
+        sent = report.to_json().encode() if self.group.rank == 0 else None
+        return VerifyReport.from_json(self.group.broadcast(self._step("report"), sent).decode())
+
+    def _progress(self, num_bytes_read: int, num_bytes_done: int) -> None:
+        self.group.progress.add(bytes_read=num_bytes_read, bytes_written=num_bytes_done)
+        self.group.check()
+
+    @contextmanager
+    def _phase(self, level: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[level] = time.monotonic() - begun
