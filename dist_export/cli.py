@@ -34,14 +34,17 @@ def parse_size(text: str) -> int:
     lowered = text.strip().lower().removesuffix("ib").removesuffix("b")
     number, suffix = (lowered[:-1], lowered[-1:]) if lowered[-1:] in _SUFFIXES else (lowered, "")
     try:
-        return int(float(number) * _SUFFIXES[suffix])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g") from None
+        size = int(float(number) * _SUFFIXES[suffix])
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g")
+    return size
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -105,6 +108,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
                         help="hf: largest file, default 5g")  # fmt: skip
     target.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size, default 1")
     target.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline parallel size, default 1")
+    target.add_argument("--moe-ep", type=positive, default=1, metavar="N",
+                        help="expert parallel size, a divisor of tp; default 1")  # fmt: skip
     target.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
                         help="element type of the export, default bfloat16")  # fmt: skip
     target.add_argument("--trtllm-version", metavar="X.Y", help="export for this release; default: 0.12 to 1.2")
@@ -160,6 +165,7 @@ def targets_of(options: argparse.Namespace) -> list[TargetOptions]:
     trtllm = TrtllmOptions(
         tp_size=options.tp,
         pp_size=options.pp,
+        moe_ep_size=options.moe_ep,
         dtype=options.dtype,
         embedding=EmbeddingSharding(not options.no_parallel_embedding, options.embedding_sharding_dim),
         release=options.trtllm_version,

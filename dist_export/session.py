@@ -109,6 +109,8 @@ class ExportSession:
             if group.rank == 0:
                 self._finish(reports)
         except BaseException as error:
+            if not isinstance(error, PeerFailedError):
+                group.fail(error)  # before the files vanish, or the others would report that instead
             if self.staging is not None:
                 self.staging.abandon(keep=is_resumable(error))
             raise

@@ -31,6 +31,7 @@ class IndexBuilder:
         self.faults = Faults(f"{folder}: chunks do not make whole tensors")
         self._files: dict[str, int] = {}
         self._dtypes: dict[str, int] = {}
+        self._seen: set[str] = set()
         self._rows: dict[str, tuple[int, int, int, int]] = {}  # name -> dtype, dims, chunks, reach
         self._shapes, self._boxes, self._places = array("q"), array("q"), array("q")
         self._stride_chunks, self._strides = array("q"), array("q")
@@ -70,9 +71,10 @@ class IndexBuilder:
         strides: Sequence[Shape | None] | None = None,
     ) -> None:
         """Add a tensor whose chunks are columns of equal length: without an object per chunk."""
-        if name in self._rows:
+        if name in self._seen:
             self.faults.add(f"{name} is there twice, with and without a model. or module. prefix")
             return
+        self._seen.add(name)
         if max(shape, default=0) >= _LARGEST or any(max(place) >= _LARGEST for place in places):
             self.faults.add(f"{name}: a size or an offset is beyond 2**62")
             return
@@ -164,7 +166,7 @@ def tiling_faults(boxes: Sequence[Box], shape: Shape) -> list[str]:
 def _is_grid(starts: Sequence[Shape], sizes: Sequence[Shape], shape: Shape) -> bool:
     if len(starts) == 1 or not shape:
         return len(starts) == 1 and tuple(sizes[0]) == shape and not any(starts[0])
-    if any(len(box) != len(shape) for box in chain(starts, sizes)):
+    if not starts or any(len(box) != len(shape) for box in chain(starts, sizes)):
         return False
     if len(starts) >= _MANY:
         return _is_large_grid(starts, sizes, shape)

@@ -86,7 +86,7 @@ def _run_child(path: Path, descriptor: int, limits: ParseLimits) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ExportError(f"{path}: parsing it took more than {2 * limits.seconds:.0f} s and was stopped") from None
+        raise ExportError(f"{path}: parsing it took more than {2 * limits.seconds:g} s and was stopped") from None
     except OSError as error:
         raise ExportError(f"{path}: cannot start a process to parse it: {error.strerror}") from error
     if child.returncode != 0:
@@ -101,7 +101,7 @@ def _reason(path: Path, code: int, said: str, limits: ParseLimits) -> str:
     if code == _OUT_OF_MEMORY:
         return f"{path}: parsing it needs more than the {limits.memory} bytes of memory it may take; {advice}"
     if code == -signal.SIGXCPU:
-        return f"{path}: parsing it took more than {limits.seconds:.0f} s of processor time and was stopped"
+        return f"{path}: parsing it took more than {limits.seconds:g} s of processor time and was stopped"
     if code < 0:
         name = signal.Signals(-code).name
         return (

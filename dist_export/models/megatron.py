@@ -104,5 +104,22 @@ MLP = (
     SourceRule(LAYER + "mlp.linear_fc2.bias", ("layers.{layer}.mlp.down.bias",), when=linear_bias),
 )
 
+ROUTER = SourceRule(LAYER + "mlp.router.weight", ("layers.{layer}.router.weight",))
+
+_EXPERT = LAYER + "mlp.experts.experts.{expert}."
+_EXPERT_GATE_UP = ("layers.{layer}.experts.{expert}.gate.weight", "layers.{layer}.experts.{expert}.up.weight")
+
+GATED_EXPERTS = (
+    ROUTER,
+    SourceRule(_EXPERT + "linear_fc1.weight", _EXPERT_GATE_UP, SPLIT_HALVES),
+    SourceRule(_EXPERT + "linear_fc1.weight_w", _EXPERT_GATE_UP[:1]),
+    SourceRule(_EXPERT + "linear_fc1.weight_v", _EXPERT_GATE_UP[1:]),
+    SourceRule(_EXPERT + "linear_fc2.weight", ("layers.{layer}.experts.{expert}.down.weight",)),
+)
+"""A router and gated experts without biases, however they were grouped in training."""
+
+MOE_GPT = (*EMBEDDINGS, *NORMS, *ATTENTION, *GATED_EXPERTS)
+"""A GPTModel whose layers all have experts."""
+
 DENSE_GPT = (*EMBEDDINGS, *NORMS, *ATTENTION, *MLP)
 """A dense GPTModel, whatever its norm, activation and biases."""

@@ -6,10 +6,11 @@ from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig
 from dist_export.models.gpt import GPT
 from dist_export.models.llama import LLAMA
+from dist_export.models.mixtral import MIXTRAL
 from dist_export.models.nemotron import NEMOTRON
 from dist_export.models.rules import Family
 
-FAMILIES: tuple[Family, ...] = (NEMOTRON, LLAMA, GPT)
+FAMILIES: tuple[Family, ...] = (NEMOTRON, MIXTRAL, LLAMA, GPT)
 
 
 def choose_family(config: ModelConfig, name: str | None = None) -> Family:

@@ -8,7 +8,7 @@ operations.
 
 Names have holes: ``{layer}`` is the global layer number in source and logical names and the number
 within the pipeline stage in TensorRT-LLM names. ``{expert}`` is the global expert number; target
-names have no such hole, because a target tensor holds all experts of its rank (see `TargetRule`).
+names without that hole hold all experts of a rank (see `TargetRule`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Input:
 class TargetRule:
     """One target tensor <- logical tensors, joined along dim 0 in order.
 
-    Where the logical names have an ``{expert}`` hole (all of them or none), that is done for every expert of the
+    Where only the logical names have an ``{expert}`` hole (all of them or none), that is done for every expert of the
     rank (`TargetLayout.experts`) at its position on the experts' tp axis, and the results are stacked in order of
     experts along a new leading dim: ``[experts of the rank, out, in]``.
     """
@@ -85,7 +85,7 @@ class TargetRule:
     @property
     def over_experts(self) -> bool:
         """Whether the tensor is stacked over the experts of the rank."""
-        return "{expert}" in self.inputs[0].logical
+        return "{expert}" in self.inputs[0].logical and "{expert}" not in self.target
 
 
 @dataclass(frozen=True, slots=True)

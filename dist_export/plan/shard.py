@@ -100,6 +100,16 @@ def place(tensors: Iterable[PlannedTensor], file_name: str) -> ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class _Instance:
+    """A rule at one place: global layer and expert, -1 where its name has no such hole."""
+
+    rule: TargetRule
+    name: str
+    layer: int = -1
+    expert: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlanner:
     """Makes the plan of any rank of a layout from a target's table and a model's logical tensors."""
 
@@ -116,30 +126,34 @@ class ShardPlanner:
     def tensors(self, rank: int, *, faults: Faults) -> list[PlannedTensor]:
         """Every tensor of target `rank`, not yet placed in a file."""
         tensors = []
-        for rule, layer, name in self._instances(rank):
+        for instance in self._instances(rank):
             try:
-                tensors.append(self._tensor(rule, layer, rank, name))
+                tensors.append(self._tensor(instance, rank))
             except ExportError as error:
-                faults.add(f"rank {rank}: {name}: {error}")
+                faults.add(f"rank {rank}: {instance.name}: {error}")
         counts = Counter(tensor.name for tensor in tensors)
         faults.extend(f"rank {rank}: {name} is written {n} times" for name, n in counts.items() if n > 1)
         return tensors
 
-    def _instances(self, rank: int) -> Iterator[tuple[TargetRule, int, str]]:
-        """(rule, global layer or -1, target name) of every tensor that `rank` holds."""
+    def _instances(self, rank: int) -> Iterator[_Instance]:
+        """Every tensor that `rank` holds."""
         config, stage = self.logical.config, self.layout.pp_rank(rank)
         rules = [rule for rule in self.rules if rule.when(config)]
         if stage == 0:
-            yield from ((rule, -1, rule.target) for rule in rules if rule.scope is Scope.FIRST)
+            yield from (_Instance(rule, rule.target) for rule in rules if rule.scope is Scope.FIRST)
         for local, layer in enumerate(self.layout.layers(rank)):
             for rule in rules:
                 if rule.scope is Scope.LAYER:
-                    yield rule, layer, rule.target.replace("{layer}", str(local))
+                    name = rule.target.replace("{layer}", str(local))
+                    experts = range(config.num_experts) if "{expert}" in name else (-1,)
+                    yield from (_Instance(rule, name.replace("{expert}", str(e)), layer, e) for e in experts)
         if stage == self.layout.pp_size - 1:
-            yield from ((rule, -1, rule.target) for rule in rules if rule.scope is Scope.LAST)
+            yield from (_Instance(rule, rule.target) for rule in rules if rule.scope is Scope.LAST)
 
-    def _tensor(self, rule: TargetRule, layer: int, rank: int, name: str) -> PlannedTensor:
-        config, experts, tp = self.logical.config, range(-1, 0), self.layout.tensor_parallel(rank)
+    def _tensor(self, instance: _Instance, rank: int) -> PlannedTensor:
+        rule, layer, name = instance.rule, instance.layer, instance.name
+        config, tp = self.logical.config, self.layout.tensor_parallel(rank)
+        experts = range(instance.expert, instance.expert + 1)
         if rule.over_experts:
             experts = self.layout.experts(rank, config.num_experts)
             tp = self.layout.expert_tensor_parallel(rank)

@@ -4,12 +4,19 @@ The lease is a small file in the staging folder that its owner renews. It does n
 needs no file locks, which shared file systems often lack: an owner on this machine is looked up among
 the processes, one on another machine is taken for dead when its lease stops changing. Only rank 0 of a
 run holds one.
+
+Leases are numbered. Whoever finds a dead one creates the next number, which only one process can; so of
+several that find it, one wins, and nobody can remove a lease that is not the one it has looked at. An
+owner renews the file that it created through its descriptor, wherever the folder is moved, so one that
+slept and lost its lease meanwhile never touches its successor's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -19,16 +26,23 @@ from pathlib import Path
 from dist_export.errors import ExportError
 
 NAME = "lease.json"
+"""The first lease of a folder; later ones have a number behind."""
 RENEW_S = 1.0
 STALE_AFTER_S = 10.0  # without a renewal; above what a slow file system delays a small write
+
+_CONTENT_BYTES = 512  # every renewal has the same length, so that a reader never sees a part of one
 
 
 class Lease:
     """The right to write into a staging folder. Renewed by a thread until `release`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
+    def __init__(self, folder: Path, number: int) -> None:
+        """Create lease `number` of a folder. Raises FileExistsError when somebody has it, OSError otherwise."""
         self.token = secrets.token_hex(8)
+        self._name = f"{NAME}.{number}" if number else NAME
+        self._descriptor = os.open(folder / self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._beat = 0
+        self._write()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -37,67 +51,62 @@ class Lease:
         """Take the lease of an existing staging folder.
 
         Waits up to `stale_after_s` to see whether an owner on another machine is alive. Raises `ExportError`
-        naming the owner when it is.
+        naming the owner when it is, or when another run takes the lease at the same time.
         """
-        lease = cls(folder)
-        holder = _read(lease._path)
-        if holder is not None:
-            if _is_alive(lease._path, holder, stale_after_s):
+        there = leases(folder)
+        if there:
+            holder = _read(there[-1])
+            if holder is not None and _is_alive(there[-1], holder, stale_after_s):
                 raise ExportError(
                     f"{folder}: another export to this output is running (process {holder.get('pid')} on "
                     f"{holder.get('host')}); wait for it, stop it, or choose another output"
                 )
-            lease._remove_stale()
-        lease._create(folder)
+        try:
+            lease = cls(folder, _number(there[-1]) + 1 if there else 0)
+        except (FileExistsError, FileNotFoundError):
+            raise ExportError(f"{folder}: another export to this output has just started or ended") from None
+        except OSError as error:
+            raise ExportError(f"{folder}: cannot write: {error.strerror}") from error
+        for path in there:
+            path.unlink(missing_ok=True)
         lease._thread.start()
+        if [path.name for path in leases(folder)] != [lease._name]:  # of a run that found the folder as we left it
+            lease.release(folder)
+            raise ExportError(f"{folder}: another export to this output has just started")
         return lease
 
-    def check(self) -> None:
+    def is_held(self, folder: Path) -> bool:
+        """Whether `folder` is still this lease's: nobody has taken it over."""
+        holder = _read(folder / self._name)
+        return holder is not None and holder.get("token") == self.token
+
+    def check(self, folder: Path) -> None:
         """Raise `ExportError` when another run has taken the lease; called before publishing."""
-        holder = _read(self._path)
-        if holder is None or holder.get("token") != self.token:
-            raise ExportError(f"{self._path.parent}: another export took over this output; this one publishes nothing")
+        if not self.is_held(folder):
+            raise ExportError(f"{folder}: another export took over this output; this one publishes nothing")
 
-    def release(self) -> None:
-        """Stop renewing and remove the lease, unless the folder was moved or taken over. May be called again."""
+    def release(self, folder: Path) -> None:
+        """Stop renewing and remove the lease from `folder`, unless it was taken over. May be called again."""
         self._stop.set()
-        self._thread.join()
-        holder = _read(self._path)
-        if holder is not None and holder.get("token") == self.token:
-            self._path.unlink(missing_ok=True)
-
-    def _create(self, folder: Path) -> None:
-        try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            raise ExportError(f"{folder}: another export to this output has just started") from None
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self._content(0))
-
-    def _remove_stale(self) -> None:
-        """Of several runs that find a stale lease, the one whose rename succeeds goes on."""
-        grave = self._path.with_name(f"{NAME}.{self.token}")
-        try:
-            os.rename(self._path, grave)
-        except FileNotFoundError:
-            raise ExportError(f"{self._path.parent}: another export to this output has just started") from None
-        grave.unlink()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.is_held(folder):
+            (folder / self._name).unlink(missing_ok=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def _renew(self) -> None:
-        beat = 0
         while not self._stop.wait(RENEW_S):
-            beat += 1
-            holder = _read(self._path)
-            if holder is None or holder.get("token") != self.token:
-                return  # lost: `check` says so before anything is published
-            fresh = self._path.with_name(f"{NAME}.{self.token}.new")
-            try:
-                fresh.write_text(self._content(beat))
-                os.replace(fresh, self._path)
-            except OSError:
-                continue  # a full disk: the next renewal may succeed, and the work itself will say so
+            self._beat += 1
+            with contextlib.suppress(OSError):  # a slow or broken disk: the work itself will say so
+                self._write()
 
-    def _content(self, beat: int) -> str:
+    def _write(self) -> None:
+        os.pwrite(self._descriptor, self._content().encode().ljust(_CONTENT_BYTES), 0)
+        os.fdatasync(self._descriptor)
+
+    def _content(self) -> str:
         return json.dumps(
             {
                 "token": self.token,
@@ -105,15 +114,26 @@ class Lease:
                 "boot": _boot_id(),
                 "pid": os.getpid(),
                 "started": _process_start(os.getpid()),
-                "beat": beat,
+                "beat": self._beat,
             }
         )
 
 
+def leases(folder: Path) -> list[Path]:
+    """The leases in a folder, of which the last counts. More than one is left by a run that died taking over."""
+    return sorted((path for path in folder.glob(f"{NAME}*") if _number(path) >= 0), key=_number)
+
+
 def is_held(folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> bool:
     """Whether a living run holds the lease of a folder."""
-    holder = _read(folder / NAME)
-    return holder is not None and _is_alive(folder / NAME, holder, stale_after_s)
+    there = leases(folder)
+    holder = _read(there[-1]) if there else None
+    return holder is not None and _is_alive(there[-1], holder, stale_after_s)
+
+
+def _number(path: Path) -> int:
+    match = re.fullmatch(re.escape(NAME) + r"(?:\.(\d{1,9}))?", path.name)
+    return -1 if match is None else int(match[1] or 0)
 
 
 def _read(path: Path) -> dict[str, object] | None:
@@ -129,7 +149,8 @@ def _read(path: Path) -> dict[str, object] | None:
 def _is_alive(path: Path, holder: dict[str, object], stale_after_s: float) -> bool:
     if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id():
         pid = holder.get("pid")
-        return isinstance(pid, int) and _process_start(pid) == holder.get("started")
+        started = _process_start(pid) if isinstance(pid, int) else None
+        return started is not None and started == holder.get("started")
     end = time.monotonic() + stale_after_s
     while time.monotonic() < end:
         time.sleep(0.25)
@@ -142,15 +163,19 @@ def _is_alive(path: Path, holder: dict[str, object], stale_after_s: float) -> bo
 
 
 def _boot_id() -> str:
+    """Tells the machine since its start, and where it is divided into containers which of them: processes that
+    have it in common see one another's numbers."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return ""
+        return secrets.token_hex(8)  # nobody can be looked up: judge by renewals
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: tells a process from a later one with its number."""
+    """When a living process started, in clock ticks since boot: tells it from a later one with its number."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])  # a zombie is dead, whoever has not waited for it
     except (OSError, IndexError, ValueError):
         return None

@@ -8,7 +8,7 @@ into views, so a chain of them dissolves into a flat list of copies before a byt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Box, Shape, partition_faults
@@ -72,6 +72,8 @@ class View:
         """Elements ``start : start + length`` of `dim`."""
         if start < 0 or length < 0 or start + length > self.shape[dim]:
             raise ExportError(f"cannot take {start}:{start + length} of dim {dim} of shape {list(self.shape)}")
+        if length == self.shape[dim]:
+            return self
         size = _with(self.shape, dim, length)
         window = Box(_with((0,) * len(self.shape), dim, start), size)
         return View(size, tuple(p for piece in self.pieces for p in _clip(piece, window)))
@@ -95,11 +97,13 @@ class View:
 def concatenate(views: Sequence[View], dim: int) -> View:
     """Views one after the other along `dim`; the other dims must agree."""
     first, total, pieces = views[0], 0, []
+    if len(views) == 1 and len(first.pieces) == 1:
+        return first
     for view in views:
         if _with(view.shape, dim, 0) != _with(first.shape, dim, 0):
             raise ExportError(f"cannot join shapes {list(first.shape)} and {list(view.shape)} along dim {dim}")
         shift = _with((0,) * len(view.shape), dim, total)
-        pieces += [replace(piece, box=piece.box.shifted(shift)) for piece in view.pieces]
+        pieces += [Piece(piece.box.shifted(shift), piece.slab, piece.source_start) for piece in view.pieces]
         total += view.shape[dim]
     return View(_with(first.shape, dim, total), tuple(_merged(pieces, dim)))
 
@@ -127,7 +131,7 @@ def _clip(piece: Piece, window: Box) -> list[Piece]:
 
 
 def _unsqueezed(piece: Piece) -> Piece:
-    return replace(piece, box=Box((0, *piece.box.start), (1, *piece.box.size)))
+    return Piece(Box((0, *piece.box.start), (1, *piece.box.size)), piece.slab, piece.source_start)
 
 
 def _merged(pieces: list[Piece], dim: int) -> list[Piece]:

@@ -101,19 +101,18 @@ def never_written(suspect: Suspect) -> Iterator[Guess]:
 
 def leaked_padding(suspect: Suspect) -> Iterator[Guess]:
     """Rows that should be zero hold what the checkpoint's padding rows have."""
-    shards = []
-    for part in suspect.rule.inputs:
-        tensor = suspect.inverse.logical.find(part.logical, layer=suspect.layer)
-        slabs = {piece.slab for piece in tensor.view.pieces if piece.slab} if tensor else set()
-        if len(slabs) != 1:
-            return
-        (slab,) = slabs
-        whole = slab_shape(slab, suspect.inverse.catalog.tensors)
-        width = suspect.tp.size * suspect.planned.view.shape[0]
-        kept = View.of(slab, whole).narrow(0, 0, min(width, whole[0])).pad(0, width)
-        shards.append(kept.narrow(0, suspect.tp.rank * suspect.planned.view.shape[0], suspect.planned.view.shape[0]))
+    pieces = suspect.planned.view.pieces
+    slabs = {piece.slab for piece in pieces if piece.slab}
+    if len(slabs) != 1 or all(piece.slab for piece in pieces):
+        return
+    (slab,) = slabs
+    whole, rows = slab_shape(slab, suspect.inverse.catalog.tensors), suspect.planned.view.shape[0]
+    if whole[0] != suspect.inverse.config.padded_vocab_size:
+        return
+    padded = suspect.tp.size * rows
+    kept = View.of(slab, whole).narrow(0, 0, min(padded, whole[0])).pad(0, padded)
     mistake = "the checkpoint's padding rows of the vocabulary leaked into rows that must be zero"
-    yield from _guess(mistake, suspect.holding(shards))
+    yield from _guess(mistake, suspect.holding([kept.narrow(0, suspect.tp.rank * rows, rows)]))
 
 
 _NORM_VALUES: tuple[tuple[tuple[ValueOp, ...], str], ...] = (

@@ -95,7 +95,8 @@ class InverseRules:
         if left_out and not isinstance(origin.rule.op, TrimVocabulary):
             raise ExportError(f"{origin}: {left_out} of its elements are nowhere in the output")
         dtype = dtype_by_name(origin.tensor.dtype, where=origin.tensor.slab.name)
-        return RebuiltSource(origin, SlabUses(origin.tensor.slab, shape, dtype, tuple(_without_repeats(uses))), left_out)
+        work = SlabUses(origin.tensor.slab, shape, dtype, tuple(_without_repeats(uses)))
+        return RebuiltSource(origin, work, left_out)
 
     def _use(self, piece: Piece, slab: Slab, shape: Shape) -> Use:
         output = self.output.of_slab(slab)

@@ -10,7 +10,6 @@ Importing this module imports torch; megatron-core is imported when it runs.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import warnings
@@ -21,11 +20,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dist_export.checkpoint.index import CheckpointIndex, Chunk
+from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError, Faults
 from dist_export.models.config import ModelConfig
 from dist_export.tensors.boxes import Box
 from dist_export.verify import trace as at
+from dist_export.verify.records import read_box
 from dist_export.verify.trace import Point, Trace
 
 INSTALL_HINT = "logits are compared with those of Megatron-Core itself; run: pip install megatron-core einops"
@@ -38,10 +38,27 @@ _OTHER_NAMES = {
 """Keys of the fused layer spec -> what specs without fusion and older releases write."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How an export rounds the checkpoint's weights."""
+
+    dtype: torch.dtype
+    """Element type of the export."""
+    stores_one: bool = False
+    """Zero-centred norm weights are stored with their one added, in the checkpoint's element type."""
+
+
 def run_megatron(
-    index: CheckpointIndex, config: ModelConfig, tokens: torch.Tensor, *, dtype: torch.dtype = torch.float32
+    index: CheckpointIndex,
+    config: ModelConfig,
+    tokens: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rounding: Rounding | None = None,
 ) -> Trace:
     """Run token ids [batch, position] through the checkpoint's model, computing in `dtype`.
+
+    With `rounding` its weights are first rounded as an export rounds them.
 
     The logits cover the true vocabulary. Called in one process, which must not have a torch process group of its own.
     Raises `ExportError` when megatron-core is missing, when the configuration is one that is not built here, and when
@@ -50,7 +67,7 @@ def run_megatron(
     _check_supported(config, tokens.shape[1])
     with _megatron_on_cpu():
         model = _build(config, dtype)
-        weights = _Weights(index, _sources(model, index), zero_centered_norm=config.zero_centered_norm)
+        weights = _Weights(index, _sources(model, index), config, rounding)
         weights.stream_layers(model)
         trace = Trace()
         _watch(model, trace, config)
@@ -277,8 +294,11 @@ def _part(shard: Any, names: set[str]) -> tuple[str, Box]:
 class _Weights:
     """Fills parameters from the checkpoint."""
 
-    def __init__(self, index: CheckpointIndex, sources: Mapping[str, _Source], *, zero_centered_norm: bool) -> None:
-        self.index, self.sources, self.zero_centered_norm = index, sources, zero_centered_norm
+    def __init__(
+        self, index: CheckpointIndex, sources: Mapping[str, _Source], config: ModelConfig, rounding: Rounding | None
+    ) -> None:
+        self.index, self.sources, self.rounding = index, sources, rounding
+        self.zero_centered_norm = config.zero_centered_norm
 
     def stream_layers(self, model: Any) -> None:
         """Fill all of the model but its layers, which are filled when they run and emptied again."""
@@ -297,44 +317,22 @@ class _Weights:
             is_norm = isinstance(owner, (torch.nn.LayerNorm, torch.nn.RMSNorm))
             for kind, parameter in owner.named_parameters(recurse=False):
                 name = ".".join(filter(None, (prefix, inner, kind)))
-                values = self._read(self.sources[name]).reshape(parameter.shape).to(parameter.dtype)
-                if is_norm and kind == "weight" and self.zero_centered_norm:
-                    values = values + 1
+                add_one = is_norm and kind == "weight" and self.zero_centered_norm
+                stored = self._read(self.sources[name]).reshape(parameter.shape)
+                values = self._rounded(stored, add_one=add_one).to(parameter.dtype)
                 setattr(owner, kind, torch.nn.Parameter(values, requires_grad=False))
 
+    def _rounded(self, stored: torch.Tensor, *, add_one: bool) -> torch.Tensor:
+        """The values of a stored tensor in the model, with the one of a zero-centred norm."""
+        if self.rounding is None:
+            return stored.float() + 1 if add_one else stored
+        if add_one and self.rounding.stores_one:
+            return (stored + 1).to(self.rounding.dtype)
+        rounded = stored.to(self.rounding.dtype)
+        return rounded.float() + 1 if add_one else rounded
+
     def _read(self, source: _Source) -> torch.Tensor:
-        return source.merge([self._read_box(key, box) for key, box in source.parts])
-
-    def _read_box(self, key: str, box: Box) -> torch.Tensor:
-        """A box of a stored tensor, without the leading dims of size one that number a layer."""
-        result: torch.Tensor | None = None
-        for chunk in self.index.chunks(key, box):
-            stored = self._record(key, chunk)
-            common = chunk.box.intersection(box)
-            assert common is not None, f"{chunk.box} was said to touch {box}"
-            result = stored.new_empty(box.size) if result is None else result
-            result[_slices(common.relative_to(box.start))] = stored[_slices(common.relative_to(chunk.box.start))]
-        assert result is not None, f"{key}: no chunk holds {box}"
-        return result
-
-    def _record(self, key: str, chunk: Chunk) -> torch.Tensor:
-        """A record's tensor, decoded by torch under its restricted unpickler."""
-        path = self.index.path(chunk.file)
-        if not self.index.chunks_are_records:
-            raise ExportError(f"{path}: reference logits are computed from torch_dist checkpoints only")
-        with path.open("rb") as file:
-            data = io.BytesIO(os.pread(file.fileno(), chunk.length, chunk.offset))
-        try:
-            tensor = torch.load(data, map_location="cpu", weights_only=True)
-        except (RuntimeError, ValueError, EOFError) as error:
-            raise ExportError(f"{path}: the record of {key} at byte {chunk.offset} cannot be read: {error}") from error
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.box.size:
-            raise ExportError(f"{path}: the record of {key} at byte {chunk.offset} does not hold {chunk.box}")
-        return tensor
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(box.start, box.size, strict=True))
+        return source.merge([read_box(self.index, key, box) for key, box in source.parts])
 
 
 def _watch(model: Any, trace: Trace, config: ModelConfig) -> None:

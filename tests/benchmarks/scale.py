@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -19,6 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist_export.plan.export import ExportPlan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
@@ -95,7 +98,7 @@ def measure_plans(folder: Path) -> None:
         )
 
 
-def _plan(name: str):
+def _plan(name: str) -> tuple[ExportPlan, float]:
     from support import large_models
     from support.large_plans import large_plan, shapes_of
 
@@ -151,7 +154,7 @@ def plan_all(name: str) -> dict[str, float]:
 def in_process(function: Callable[..., dict[str, float]], argument: object) -> dict[str, float]:
     """The result of `function(argument)` in a process of its own, so that its memory is its own."""
     command = [sys.executable, __file__, "--call", function.__name__, str(argument)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.exports import config_of, export, fingerprints
+import torch
+from support.exports import config_of, export, fingerprints, tensors_of
 
 HERE = Path(__file__).parent
 EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "expected").glob("*.json"))}
@@ -16,6 +17,7 @@ CHECKPOINTS = {
     "llama_core_0_16_tp2pp2": "llama",
     "llama_main_2026_08_tp4": "llama",
     "gpt2_core_0_16_tp2": "gpt2",
+    "mixtral_core_0_16_pp2ep2": "mixtral",
 }
 #: Fields in which we may differ: the class name where both load, hints that no loader reads, and nested
 #: keys that some release would refuse.
@@ -60,3 +62,23 @@ def test_the_number_of_processes_does_not_change_a_byte(num_processes, tmp_path)
     checkpoint = HERE / "checkpoints" / "llama_core_0_16_tp2pp2"
     output = export(checkpoint, tmp_path / "out", "--tp", 2, "--pp", 2, "--num-processes", num_processes)
     check(output, EXPECTED["llama"]["layouts"]["tp2pp2"])
+
+
+def test_expert_parallel_ranks_recombine_to_the_same_experts(tmp_path):
+    """moe_tp x moe_ep = tp: ep is the faster axis, whole experts go to ep ranks, each cut moe_tp ways."""
+    checkpoint = HERE / "checkpoints" / "mixtral_core_0_16_pp2ep2"
+    whole = tensors_of(export(checkpoint, tmp_path / "whole") / "rank0.safetensors")
+    output = export(checkpoint, tmp_path / "ep", "--tp", 4, "--moe-ep", 2)
+    ranks = [tensors_of(output / f"rank{rank}.safetensors") for rank in range(4)]
+    mapping = config_of(output)["mapping"]
+    assert (mapping["moe_tp_size"], mapping["moe_ep_size"]) == (2, 2)
+    for name in ("transformer.layers.0.mlp.fc.weight", "transformer.layers.3.mlp.proj.weight"):
+        experts = []
+        for ep_rank in range(2):
+            shards = [ranks[moe_tp_rank * 2 + ep_rank][name] for moe_tp_rank in range(2)]
+            if name.endswith("fc.weight"):  # [experts, up shard + gate shard, hidden]
+                halves = [shard.chunk(2, dim=1) for shard in shards]
+                experts.append(torch.cat([half[0] for half in halves] + [half[1] for half in halves], dim=1))
+            else:
+                experts.append(torch.cat(shards, dim=2))
+        assert torch.equal(torch.cat(experts), whole[name])

@@ -15,17 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-
 Shape = tuple[int, ...]
 RECORD_OVERHEAD = 1536
 """Bytes that a torch.save zip adds to its storage, about."""
@@ -160,6 +149,18 @@ def write_large_checkpoint(
 
     With `optimizer` every weight has three float32 tensors of optimizer state, chunked as the weight is.
     """
+    # Imported here, so that shapes alone cost no torch.
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
     folder.mkdir(parents=True, exist_ok=True)
     metadata, plan_items = Metadata({}, None, {}), [[] for _ in range(num_files)]  # type: ignore[var-annotated]
     ends = [0] * num_files

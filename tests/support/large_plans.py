@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dist_export.models.catalog import SourceCatalog
+from dist_export.models.layout_ops import SPLIT_HALVES
 from dist_export.models.logical import LogicalModel
 from dist_export.models.megatron import ATTENTION, EMBEDDINGS, NORMS
 from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.registry import choose_family
-from dist_export.models.layout_ops import SPLIT_HALVES
 from dist_export.models.resolve import resolve_config
 from dist_export.models.rules import Family, Input, SourceRule, TargetRule
 from dist_export.models.shard_ops import COLUMN, ROW
@@ -68,7 +68,7 @@ def large_plan(
     resolved = resolve(model, catalog)
     if not model.num_experts:
         family = choose_family(resolved.config)
-        return plan_export(family, resolved, catalog, TrtllmOptions(tp_size=tp, pp_size=pp))
+        return plan_export(family, resolved, catalog, TrtllmOptions(tp_size=tp, pp_size=pp, release="1.0"))
     stages = tuple(model.num_layers * (i + 1) // pp - model.num_layers * i // pp for i in range(pp))
     logical = LogicalModel(catalog, MIXTURE.source_rules, resolved.config)
     rules = [rule for rule in llama_rules(EmbeddingSharding()) if ".mlp." not in rule.target]

@@ -85,6 +85,21 @@ def _llama_fields(model: ModelConfig) -> dict[str, object]:
     }
 
 
+def _mixtral_fields(model: ModelConfig) -> dict[str, object]:
+    """transformers/models/mixtral: the chosen experts' weights are normalised to sum to one."""
+    fields = _llama_fields(model)
+    for name in ("attention_bias", "mlp_bias", "rope_scaling"):
+        del fields[name]
+    return {
+        **fields,
+        "model_type": "mixtral",
+        "intermediate_size": model.moe_ffn_hidden_size,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.moe_top_k,
+        "sliding_window": None,
+    }
+
+
 def _nemotron_fields(model: ModelConfig) -> dict[str, object]:
     return {
         "model_type": "nemotron",
@@ -113,6 +128,7 @@ def _gpt2_fields(model: ModelConfig) -> dict[str, object]:
 
 _FIELDS: Mapping[str, Callable[[ModelConfig], dict[str, object]]] = {
     "LlamaForCausalLM": _llama_fields,
+    "MixtralForCausalLM": _mixtral_fields,
     "NemotronForCausalLM": _nemotron_fields,
     "GPT2LMHeadModel": _gpt2_fields,
 }
@@ -123,18 +139,26 @@ _ROPE: tuple[Limit, ...] = (
     (lambda m: m.position_embedding == "rope", "it has rotary positions only"),
     (lambda m: not m.rotary_interleaved, "interleaved rotary embeddings are not expressible"),
     (lambda m: not m.qk_norm, "it has no q/k norm"),
-    (lambda m: m.num_experts == 0, "it has no experts"),
     (lambda m: m.window_size is None, "it has no attention window"),
 )
+_DENSE: Limit = (lambda m: m.num_experts == 0, "it has no experts")
+_LLAMA_BASE: tuple[Limit, ...] = (
+    (lambda m: m.normalization == "RMSNorm", "it has RMSNorm only"),
+    (lambda m: m.gated, "it has a gated MLP only"),
+    (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not expressible"),
+)
 _LIMITS: Mapping[str, tuple[Limit, ...]] = {
-    "LlamaForCausalLM": (
+    "LlamaForCausalLM": (*_ROPE, *_LLAMA_BASE, _DENSE),
+    "MixtralForCausalLM": (
         *_ROPE,
-        (lambda m: m.normalization == "RMSNorm", "it has RMSNorm only"),
-        (lambda m: m.gated, "it has a gated MLP only"),
-        (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not expressible"),
+        *_LLAMA_BASE,
+        (lambda m: m.num_experts > 0, "it has experts"),
+        (lambda m: not m.moe_router_pre_softmax, "its router takes the softmax over the chosen experts"),
+        (lambda m: m.rope_scaling is None, "rotary scaling is not expressible"),
     ),
     "NemotronForCausalLM": (
         *_ROPE,
+        _DENSE,
         (lambda m: m.normalization == "LayerNorm" and m.zero_centered_norm, "its norms are zero-centred LayerNorm"),
         (lambda m: not m.gated, "its MLP is not gated"),
         (lambda m: m.rope_scaling is None, "rotary scaling is not expressible"),

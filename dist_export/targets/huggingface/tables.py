@@ -83,6 +83,18 @@ NEMOTRON = (
     *norm("model.norm", "final_norm", scope=Scope.LAST, values=minus_one, bias=True),
 )
 
+MIXTRAL = (
+    *ENDS,
+    *norm(LAYER + "input_layernorm", LOGICAL + "attention.norm"),
+    *ATTENTION,
+    *norm(LAYER + "post_attention_layernorm", LOGICAL + "mlp.norm"),
+    tensor(LAYER + "block_sparse_moe.gate.weight", LOGICAL + "router.weight"),
+    tensor(LAYER + "block_sparse_moe.experts.{expert}.w1.weight", LOGICAL + "experts.{expert}.gate.weight"),
+    tensor(LAYER + "block_sparse_moe.experts.{expert}.w2.weight", LOGICAL + "experts.{expert}.down.weight"),
+    tensor(LAYER + "block_sparse_moe.experts.{expert}.w3.weight", LOGICAL + "experts.{expert}.up.weight"),
+    *norm("model.norm", "final_norm", scope=Scope.LAST),
+)
+
 GPT2_LAYER = "transformer.h.{layer}."
 
 
@@ -109,5 +121,10 @@ GPT2 = (
     tensor("lm_head.weight", "head.weight", scope=Scope.LAST, when=untied),
 )
 
-TABLES = {"LlamaForCausalLM": LLAMA, "NemotronForCausalLM": NEMOTRON, "GPT2LMHeadModel": GPT2}
+TABLES = {
+    "LlamaForCausalLM": LLAMA,
+    "MixtralForCausalLM": MIXTRAL,
+    "NemotronForCausalLM": NEMOTRON,
+    "GPT2LMHeadModel": GPT2,
+}
 """Architecture in config.json -> its table."""

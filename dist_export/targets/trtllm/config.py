@@ -63,10 +63,19 @@ def engine_faults(architecture: str, model: ModelConfig, layout: TargetLayout) -
         faults.add(f"{heads} attention heads do not divide by tp {tp}")
     if groups % tp and tp % groups:
         faults.add(f"{groups} key/value heads neither divide by tp {tp} nor divide it")
-    if model.ffn_hidden_size % tp:
+    if model.num_experts:
+        _check_experts(model, layout, faults)
+    elif model.ffn_hidden_size % tp:
         faults.add(f"ffn size {model.ffn_hidden_size} does not divide by tp {tp}")
     faults.extend(message for holds, message in _LIMITS[architecture] if not holds(model))
     return faults
+
+
+def _check_experts(model: ModelConfig, layout: TargetLayout, faults: Faults) -> None:
+    if model.num_experts % layout.moe_ep_size:
+        faults.add(f"{model.num_experts} experts do not divide by moe ep {layout.moe_ep_size}")
+    if model.moe_ffn_hidden_size % layout.moe_tp_size:
+        faults.add(f"expert ffn size {model.moe_ffn_hidden_size} does not divide by moe tp {layout.moe_tp_size}")
 
 
 NO_QUANTIZATION: Mapping[str, object] = {
@@ -139,6 +148,21 @@ def _llama_fields(model: ModelConfig) -> dict[str, object]:
     }
 
 
+def _mixtral_fields(model: ModelConfig) -> dict[str, object]:
+    """LLaMAConfig with experts: here the activation keeps its gated name, and the ffn size is one expert's.
+
+    Megatron's softmax over the chosen experts' logits is RENORMALIZE (1), a softmax over all is NONE (0)
+    (tensorrt_llm/layers/moe.py, ``MoeConfig.ExpertScaleNormalizationMode``).
+    """
+    mode = 0 if model.moe_router_pre_softmax else 1
+    return {
+        **_llama_fields(model),
+        "hidden_act": GATED_ACTIVATIONS[model.activation],
+        "intermediate_size": model.moe_ffn_hidden_size,
+        "moe": {"num_experts": model.num_experts, "top_k": model.moe_top_k, "normalization_mode": mode},
+    }
+
+
 PLAIN_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_tanh": "gelu",
@@ -153,30 +177,33 @@ GATED_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}
 _FIELDS: Mapping[str, Callable[[ModelConfig], dict[str, object]]] = {
     "GPTForCausalLM": _gpt_fields,
     "LlamaForCausalLM": _llama_fields,
+    "MixtralForCausalLM": _mixtral_fields,
 }
 
 Limit = tuple[Callable[[ModelConfig], bool], str]
 
 _ANY_CLASS: tuple[Limit, ...] = (
     (lambda m: m.position_embedding != "none", "a model without position embeddings is not representable"),
-    (lambda m: m.num_experts == 0, "experts are not supported for this architecture"),
     (lambda m: not m.qk_norm, "q/k norm is not supported for this architecture"),
     (lambda m: m.activation in PLAIN_ACTIVATIONS, "this activation does not exist there"),
+)
+_DENSE: Limit = (lambda m: m.num_experts == 0, "experts are not supported for this architecture")
+_LLAMA_BASE: tuple[Limit, ...] = (
+    (lambda m: m.normalization == "RMSNorm", "the class has RMSNorm only, the model has LayerNorm"),
+    (lambda m: m.gated, "the class has a gated MLP only"),
+    (lambda m: m.position_embedding == "rope", "the class has rotary positions only"),
+    (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not passed to its attention"),
+    (lambda m: not m.rotary_interleaved, "interleaved rotary embeddings are not passed to its attention"),
 )
 _LIMITS: Mapping[str, tuple[Limit, ...]] = {
     "GPTForCausalLM": (
         *_ANY_CLASS,
+        _DENSE,
         (lambda m: m.normalization == "LayerNorm", "the class has LayerNorm only, the model has RMSNorm"),
         (lambda m: not m.gated or m.activation in GATED_ACTIVATIONS, "only swiglu and geglu are gated there"),
     ),
-    "LlamaForCausalLM": (
-        *_ANY_CLASS,
-        (lambda m: m.normalization == "RMSNorm", "the class has RMSNorm only, the model has LayerNorm"),
-        (lambda m: m.gated, "the class has a gated MLP only"),
-        (lambda m: m.position_embedding == "rope", "the class has rotary positions only"),
-        (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not passed to its attention"),
-        (lambda m: not m.rotary_interleaved, "interleaved rotary embeddings are not passed to its attention"),
-    ),
+    "LlamaForCausalLM": (*_ANY_CLASS, *_LLAMA_BASE, _DENSE),
+    "MixtralForCausalLM": (*_ANY_CLASS, *_LLAMA_BASE, (lambda m: m.num_experts > 0, "the class has experts")),
 }
 
 
@@ -188,6 +215,6 @@ def _mapping(layout: TargetLayout) -> dict[str, object]:
         "cp_size": 1,
         "tp_size": layout.tp_size,
         "pp_size": layout.pp_size,
-        "moe_tp_size": layout.tp_size,
-        "moe_ep_size": 1,
+        "moe_tp_size": layout.moe_tp_size,
+        "moe_ep_size": layout.moe_ep_size,
     }

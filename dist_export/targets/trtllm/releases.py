@@ -93,6 +93,11 @@ ENGINE_MODELS: Mapping[str, EngineModel] = {
         (*_COMMON, "mlp_bias", "attn_bias"),
         ("residual_mlp", "disable_weight_only_quant_plugin", "remove_duplicated_kv_heads", "share_embedding_table"),
     ),
+    "MixtralForCausalLM": EngineModel(
+        ALL,
+        (*_COMMON, "mlp_bias", "attn_bias"),
+        ("residual_mlp", "disable_weight_only_quant_plugin", "remove_duplicated_kv_heads", "share_embedding_table"),
+    ),
 }
 """Architecture -> its row."""
 

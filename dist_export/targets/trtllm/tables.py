@@ -137,5 +137,23 @@ def llama_rules(embedding: EmbeddingSharding) -> tuple[TargetRule, ...]:
     )
 
 
-TABLES = {"GPTForCausalLM": gpt_rules, "LlamaForCausalLM": llama_rules}
+def mixtral_rules(embedding: EmbeddingSharding) -> tuple[TargetRule, ...]:
+    """MixtralForCausalLM: the Llama class with experts (tensorrt_llm/layers/moe.py).
+
+    The experts of a rank are stacked; within one the linear half (w3) comes before the activated one (w1),
+    the inverse of Megatron's order. The router is float32 and whole on every rank.
+    """
+    expert = LOGICAL + "experts.{expert}."
+    up, gate = Input(expert + "up.weight", COLUMN), Input(expert + "gate.weight", COLUMN)
+    return (
+        *_ends(embedding),
+        *_decoder_layer(),
+        *_linear("attention.dense", "attention.output", ROW_PARALLEL, bias=any_bias),
+        TargetRule(LAYER + "mlp.router.weight", (Input(LOGICAL + "router.weight"),), dtype="float32"),
+        TargetRule(LAYER + "mlp.fc.weight", (up, gate)),
+        TargetRule(LAYER + "mlp.proj.weight", (Input(expert + "down.weight", ROW),)),
+    )
+
+
+TABLES = {"GPTForCausalLM": gpt_rules, "LlamaForCausalLM": llama_rules, "MixtralForCausalLM": mixtral_rules}
 """Architecture name in config.json -> its table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from dist_export.errors import Faults
+from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
@@ -27,6 +27,8 @@ class TrtllmOptions:
 
     tp_size: int = 1
     pp_size: int = 1
+    moe_ep_size: int = 1
+    """How many ways the tp ranks divide the experts; the rest of tp divides each expert."""
     dtype: str = "bfloat16"
     embedding: EmbeddingSharding = field(default_factory=EmbeddingSharding)
     release: str | None = None
@@ -66,7 +68,9 @@ def plan_export(
     model, architecture = resolved.config, family.architectures[NAME]
     releases = releases_for(architecture, parse_release(options.release) if options.release else None)
     stages = split_layers(model.num_layers, options.pp_size, releases)
-    layout = TargetLayout(options.tp_size, options.pp_size, stages)
+    if options.moe_ep_size > 1 and not model.num_experts:
+        raise ExportError(f"moe ep {options.moe_ep_size}: the model has no experts")
+    layout = TargetLayout(options.tp_size, options.pp_size, stages, options.moe_ep_size)
     engine_faults(architecture, model, layout).raise_if_any()
     config = build_config(architecture, model, layout, ServingOptions(options.dtype, options.embedding))
     check_config(config, releases)
