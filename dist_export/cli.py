@@ -67,7 +67,22 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     _add_target(plan)
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
+    _add_verify(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
     return parser
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what was exported")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the export; of several targets each is verified")
+    parser.add_argument("--levels", nargs="+", choices=("checksums", "coverage", "rebuild"),
+                        help="default: all; rebuild compares every byte with the checkpoint")  # fmt: skip
+    parser.add_argument("--logits", action="store_true", help="also run tokens through both models (needs torch, "
+                        "megatron-core, and transformers for hf)")  # fmt: skip
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="--logits: token ids, one sequence per line")
+    parser.add_argument("--sha256", action="store_true", help="print SHA-256 of every file, for evidence")
+    parser.add_argument("--num-processes", type=positive, metavar="N", help="default: cores")
+    parser.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = False) -> None:
@@ -80,10 +95,12 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
         run.add_argument("--num-processes", type=positive, metavar="N", help="default: target ranks, at most cores")
     run.add_argument("--resume", action="store_true", help="go on where the same export was stopped, if it was")
     run.add_argument("--overwrite", action="store_true", help="replace an export at OUTPUT once the new one is whole")
-    run.add_argument("--host-memory", type=parse_size, default=1 << 30, metavar="SIZE",
-                     help="buffers per process, default 1g")  # fmt: skip
+    run.add_argument("--host-memory", type=parse_size, metavar="SIZE",
+                     help="buffers per process, default 1g or what a container's limit allows")  # fmt: skip
     run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
+    run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
+    run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +138,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
     options = build_parser().parse_args(arguments)
-    commands = {"inspect": _inspect, "plan": _plan, "export": _export}
+    commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify}
     try:
         return commands[options.command](options)
     except ExportError as error:
@@ -218,6 +235,12 @@ def _plan(options: argparse.Namespace) -> int:
     summary = report.plan_summary(model, job, job.validate())
     print(json.dumps(summary, indent=1) if options.json else report.plan_text(summary))
     return exit_codes.OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dist_export.verify.command import verify_command
+
+    return verify_command(options)
 
 
 def _export(options: argparse.Namespace) -> int:

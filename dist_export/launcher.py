@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from dist_export import report
 from dist_export.cli import add_export_arguments, make_job, request_of
+from dist_export.errors import ExportError
 from dist_export.runtime import publication
+from dist_export.runtime.events import Reporter
+from dist_export.runtime.failure import Failure
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
 from dist_export.runtime.run import run_here
+from dist_export.runtime.usage import default_host_memory
 from dist_export.runtime.world import detect_world
 from dist_export.session import ExportSession, RunOptions
 from dist_export.shared_index import open_shared
 
 
-def run_options(options: argparse.Namespace) -> RunOptions:
-    """How to run, from a command line."""
+def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOptions:
+    """How to run, from a command line, with `num_processes` on this node."""
     return RunOptions(
         output=options.output.absolute(),
         overwrite=options.overwrite,
         resume=options.resume,
-        host_memory=options.host_memory,
+        host_memory=options.host_memory or default_host_memory(num_processes),
         num_threads=options.num_threads,
         device=options.device,
     )
@@ -31,16 +36,24 @@ def run_options(options: argparse.Namespace) -> RunOptions:
 
 def export_locally(options: argparse.Namespace) -> int:
     """``dist-export export``: plan once here, then fork processes that share the plan. Returns the exit code."""
-    run = run_options(options)
-    publication.check_output(run.output, overwrite=run.overwrite)
-    model, job = make_job(options)
-    job.validate()
+    reporter = reporter_of(options)
+    try:
+        reporter.check()
+        publication.check_output(options.output.absolute(), overwrite=options.overwrite)
+        model, job = make_job(options)
+        job.validate()
+    except ExportError as error:
+        failure = Failure.of(-1, error)
+        reporter.failure(failure)
+        return failure.exit_code
     num_processes = options.num_processes or max(min(job.num_files, os.cpu_count() or 1), 1)
+    run = run_options(options, num_processes=num_processes)
 
     def rank_main(group: Group) -> int:
-        return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)))
+        with reporter.watch(group, output=str(run.output)):
+            return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)), reporter)
 
-    return run_local(num_processes, rank_main)
+    return run_local(num_processes, rank_main, tell=reporter.failure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,18 +64,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_export_arguments(parser, launched=True)
     options = parser.parse_args(arguments)
 
+    reporter = reporter_of(options)
+
     def rank_main(group: Group) -> int:
-        checkpoint = open_shared(options.checkpoint, group, iteration=options.iteration)
-        model, job = make_job(options, checkpoint)
-        return export_rank(ExportSession(model.checkpoint, job, run_options(options), group, request_of(options)))
+        if group.rank == 0:
+            reporter.check()
+        with reporter.watch(group, output=str(options.output.absolute())):
+            checkpoint = open_shared(options.checkpoint, group, iteration=options.iteration)
+            model, job = make_job(options, checkpoint)
+            run = run_options(options, num_processes=group.world.local_world_size)
+            return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)), reporter)
 
-    return run_here(detect_world(os.environ), rank_main)
+    try:
+        world = detect_world(os.environ)
+    except ExportError as error:
+        failure = Failure.of(-1, error)
+        reporter.failure(failure)
+        return failure.exit_code
+    return run_here(world, rank_main, tell=reporter.failure)
 
 
-def export_rank(session: ExportSession) -> int:
+def reporter_of(options: argparse.Namespace) -> Reporter:
+    """Where a command line wants events and failures."""
+    return Reporter(json_lines=options.log_json, progress_file=options.progress_file)
+
+
+def export_rank(session: ExportSession, reporter: Reporter) -> int:
     """One rank's export; rank 0 shows progress and prints the closing table."""
-    session.group.show_progress("exporting")
+    if not reporter.json_lines:
+        session.group.show_progress("exporting")
     reports = session.run()
     if session.group.rank == 0:
         print(report.closing_text(session.job, session.options.output, reports), flush=True)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

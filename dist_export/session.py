@@ -39,7 +39,7 @@ from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
 from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError
 from dist_export.runtime.group import Group
-from dist_export.runtime.usage import Usage
+from dist_export.runtime.usage import Usage, physical_memory
 from dist_export.targets.huggingface.reference import without_code
 
 
@@ -109,7 +109,8 @@ class ExportSession:
             if group.rank == 0:
                 self._finish(reports)
         except BaseException as error:
-            if not isinstance(error, PeerFailedError):
+            # Not a signal: that may be a launcher's answer to the death of another rank, which the group finds out.
+            if isinstance(error, Exception) and not isinstance(error, PeerFailedError):
                 group.fail(error)  # before the files vanish, or the others would report that instead
             if self.staging is not None:
                 self.staging.abandon(keep=is_resumable(error))
@@ -124,8 +125,7 @@ class ExportSession:
         if hosts is not None:
             publication.check_output(self.options.output, overwrite=self.options.overwrite)
             self.left_out = self.job.validate()
-            self.staging = publication.Staging(self.options.output)
-            resumed = self._prepare_staging(self.staging)
+            self.staging, resumed = self._prepare_staging()
             files = self.job.summaries()
             agreement = Agreement(
                 hosts=[host.decode() for host in hosts],
@@ -137,8 +137,21 @@ class ExportSession:
             message = json.dumps(asdict(agreement)).encode()
         return Agreement(**json.loads(self.group.broadcast("agreement", message)))
 
-    def _prepare_staging(self, staging: publication.Staging) -> bool:
-        """Rank 0: keep what an earlier run of the same export wrote, or start afresh. Returns whether it is kept."""
+    def _prepare_staging(self) -> tuple[publication.Staging, bool]:
+        """Rank 0: keep what an earlier run of the same export wrote, or start afresh. Returns whether it is kept.
+
+        An export that is refused here leaves what it found to one that is not.
+        """
+        staging = publication.Staging(self.options.output)
+        try:
+            # Again, since until the lease was ours another run may have published there.
+            publication.check_output(self.options.output, overwrite=self.options.overwrite)
+            return staging, self._is_continued(staging)
+        except BaseException:
+            staging.abandon(keep=True)
+            raise
+
+    def _is_continued(self, staging: publication.Staging) -> bool:
         fingerprint = {"job": self.job.digest(), "source": self.checkpoint.fingerprint(), "version": __version__}
         there = read_fingerprint(staging.folder) if self.options.resume else None
         if there is not None and there != fingerprint:
@@ -150,8 +163,8 @@ class ExportSession:
         if there is None:
             staging.clear()
             write_fingerprint(staging.folder, fingerprint)
-            for plan in self.job.plans:
-                (staging.folder / plan.folder).mkdir(exist_ok=True)
+        for plan in self.job.plans:
+            (staging.folder / plan.folder).mkdir(exist_ok=True)
         return there is not None
 
     def _compare_digests(self, agreement: Agreement, placement: Placement) -> None:
@@ -216,7 +229,10 @@ class ExportSession:
             OutputFile.restore(path, header, shard.num_data_bytes)
             for index, tensor in enumerate(shard.tensors):
                 runs = noted.get((number, index), ())
-                found[number, index] = list(confirmed(path, len(header) + tensor.offset, runs))
+                for run in confirmed(path, len(header) + tensor.offset, tensor.num_bytes, runs):
+                    found.setdefault((number, index), []).append(run)
+                    self.group.progress.add(bytes_written=run[1])  # reading back takes a while: it is no standstill
+                    self.group.check()
         return found
 
     def _share_done(self, found: Mapping[TensorKey, Sequence[Run]]) -> dict[TensorKey, list[Run]]:
@@ -237,8 +253,12 @@ class ExportSession:
         budget = Budget.within(
             self.options.host_memory, num_threads=self.options.num_threads, value_ops=bool(computed)
         )
+        index = self.checkpoint.index
         executor = Executor(
-            SourceFiles(self.checkpoint.index), outputs, budget=budget, observer=_Watcher(self.group)
+            SourceFiles(index, give_back=index.num_weight_bytes > physical_memory() // 4),
+            outputs,
+            budget=budget,
+            observer=_Watcher(self.group),
         )
         executor.converter = self._converter(computed) if computed else None
         return executor
@@ -263,6 +283,7 @@ class ExportSession:
     def _finish(self, reports: list[RankReport]) -> None:
         """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
         assert self.staging is not None
+        self.group.enter_phase("publish")
         runs = merge_runs(reports)
         files = [file_entries(plan, self.job.numbered(plan), runs) for plan in self.job.plans]
         folder = self.staging.finish()
@@ -277,10 +298,11 @@ class ExportSession:
                 text = json.dumps(document, indent=2) + "\n"
                 publication.write_file(folder / plan.folder / name, text.encode())
             publication.sync_folder(folder / plan.folder)
-        publication.publish(folder, self.options.output)
+        self.staging.publish()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        self.group.enter_phase(name)
         begun = time.monotonic()
         yield
         self.report.seconds[name] = time.monotonic() - begun

@@ -22,7 +22,7 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 _MAGIC = b"DXARRAY1"
 _ALIGNMENT = 64  # bytes
-_TYPES = {"int64": np.dtype("<i8"), "uint8": np.dtype("u1")}
+_TYPES: dict[str, np.dtype[Any]] = {"int64": np.dtype("<i8"), "uint8": np.dtype("u1")}
 
 
 def pack(header: Mapping[str, object], arrays: Mapping[str, Array]) -> bytes:
@@ -38,7 +38,7 @@ def pack(header: Mapping[str, object], arrays: Mapping[str, Array]) -> bytes:
     result[: 16 + len(text)] = _MAGIC + struct.pack("<Q", len(text)) + text
     for (_, _, start, _), array in zip(table, arrays.values(), strict=True):
         begin = data_start + start
-        result[begin : begin + array.nbytes] = memoryview(np.ascontiguousarray(array)).cast("B")
+        result[begin : begin + array.nbytes] = np.ascontiguousarray(array).tobytes()
     return bytes(result)
 
 
@@ -66,7 +66,7 @@ def _array(data: memoryview, kind: str, start: int, count: int) -> Array:
     dtype = _TYPES[kind]
     if start < 0 or count < 0 or start + count * dtype.itemsize > len(data):
         raise ValueError(f"an array of {count} elements at {start} in {len(data)} bytes")
-    array = np.frombuffer(data, dtype, count, start)
+    array: Array = np.frombuffer(data, dtype, count, start)
     array.flags.writeable = False
     return array
 

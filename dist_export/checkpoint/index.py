@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,20 @@ class CheckpointIndex:
         if missing or _inconsistent(header, arrays):
             raise ExportError(f"{origin}: not a chunk table, or one that was damaged")
         return cls(header, Columns(**{name: arrays[name] for name in Columns.__slots__}))  # type: ignore[arg-type]
+
+    def relabelled(self, format_name: str) -> CheckpointIndex:
+        """The same table as one of another format: of the container that the weights are in."""
+        return CheckpointIndex({**self._header, "format": format_name}, self._columns)
+
+    def moved_into(self, path: Path, bases: Mapping[str, int], *, format_name: str) -> CheckpointIndex:
+        """The table when every file lies, whole, inside of the one file `path`, from byte ``bases[name]`` on."""
+        shift = np.array([bases[name] for name in self.files], np.int64)
+        places = self._places.copy()
+        places[:, 1] += shift[places[:, 0]]
+        places[:, 0] = 0
+        objects = {n: [0, r.offset + bases[self.files[r.file]], r.length] for n, r in self.objects.items()}
+        header = {**self._header, "folder": os.fspath(path), "files": ["."], "objects": objects, "format": format_name}
+        return CheckpointIndex(header, replace(self._columns, places=places.reshape(-1)))
 
     def _boxes_of(self, row: int) -> Int64:
         """[num_chunks, ndim, 2]"""

@@ -41,10 +41,10 @@ class IndexBuilder:
         """The number of a file, which is registered on first use."""
         return self._files.setdefault(name, len(self._files))
 
-    def ignore(self, reason: str, *, num_bytes: int) -> None:
-        """Count a tensor that is left out on purpose."""
+    def ignore(self, reason: str, *, num_bytes: int, num_tensors: int = 1) -> None:
+        """Count a tensor (or several) that is left out on purpose."""
         counts = self._ignored.setdefault(reason, [0, 0])
-        counts[0] += 1
+        counts[0] += num_tensors
         counts[1] += num_bytes
 
     def add(self, name: str, shape: Shape, dtype: str, chunks: Sequence[Chunk]) -> None:

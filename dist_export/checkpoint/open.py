@@ -8,12 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_export.checkpoint import torch_dist
+from dist_export.checkpoint import bridge, nemo, nemo2
+from dist_export.checkpoint.formats import WEIGHT_FORMATS, Format
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.pickles import Record
 from dist_export.errors import ExportError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+FORMATS: tuple[Format, ...] = (
+    Format(nemo.FORMAT, nemo.is_nemo, nemo.read_index, nemo.read_common_state),
+    Format(nemo2.FORMAT, nemo2.is_nemo2, nemo2.read_index, nemo2.read_common_state),
+    Format(bridge.FORMAT, bridge.is_bridge, bridge.read_index, bridge.read_common_state),
+    *WEIGHT_FORMATS,
+)
+"""Every format that can be read. First match wins: containers before the weights in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +62,12 @@ def find_iteration(path: Path, *, iteration: int | None = None) -> Path:
     """
     if not path.exists():
         raise ExportError(f"{path}: no such file or folder")
+    if nemo.is_archive(path):
+        return path
     if not path.is_dir():
-        raise ExportError(f"{path}: not a folder; give a Megatron --save folder or one of its iter_ folders")
+        raise ExportError(
+            f"{path}: not a folder and not a .nemo archive; give a Megatron --save folder or one of its iter_ folders"
+        )
     if iteration is not None:
         return _numbered(path, iteration)
     if not (path / TRACKER).is_file():
@@ -73,14 +86,17 @@ def open_checkpoint(path: Path, *, iteration: int | None = None) -> Checkpoint:
     Raises `ExportError` when it is not a checkpoint, not of a known format, unfinished or damaged.
     """
     folder = find_iteration(path, iteration=iteration)
-    if torch_dist.is_torch_dist(folder):
-        return checkpoint_of(torch_dist.read_index(folder))
+    for known in FORMATS:
+        if known.recognises(folder):
+            return checkpoint_of(known.read_index(folder))
     raise ExportError(_unrecognised(folder))
 
 
 def checkpoint_of(index: CheckpointIndex) -> Checkpoint:
     """The checkpoint that a chunk table is of: reads what training saved beside the weights."""
-    return Checkpoint(index, torch_dist.read_common_state(index))
+    name = index.format.partition(" (")[0]
+    known = next(each for each in FORMATS if each.name == name)
+    return Checkpoint(index, known.read_common(index))
 
 
 def _numbered(path: Path, iteration: int) -> Path:
@@ -97,9 +113,5 @@ def _existing(folder: Path, path: Path) -> Path:
 def _unrecognised(folder: Path) -> str:
     names = {p.name for p in folder.iterdir()}
     if "metadata.json" in names:
-        return f"{folder}: metadata.json names no format that can be read; torch_dist can"
-    if ".metadata" in names:
-        return f"{folder}: has .metadata but no metadata.json, which Megatron writes last: the save did not finish"
-    if any(name.startswith("mp_rank_") for name in names):
-        return f"{folder}: is in the legacy torch format (mp_rank_ folders); torch_dist can be read"
+        return f"{folder}: metadata.json names no format that can be read; torch_dist and zarr can"
     return f"{folder}: not a Megatron checkpoint (no {TRACKER}, no metadata.json)"

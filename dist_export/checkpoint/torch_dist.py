@@ -24,7 +24,7 @@ from dist_export.checkpoint.index_builder import IndexBuilder, Place
 from dist_export.checkpoint.isolation import index_in_child
 from dist_export.checkpoint.metadata_records import ChunkStorageMetadata, TensorStorageMetadata
 from dist_export.checkpoint.pickles import Metadata, load_metadata_pickle
-from dist_export.checkpoint.torch_save import read_state
+from dist_export.checkpoint.torch_save import load_object
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import dtype_by_name
@@ -39,11 +39,23 @@ through costs more than about 230 bytes of memory per byte, so the worst such fi
 
 def is_torch_dist(folder: Path) -> bool:
     """Whether an iteration folder says it is ``torch_dist`` (its metadata.json is written last)."""
+    return says_backend(folder, FORMAT)
+
+
+def says_backend(folder: Path, name: str) -> bool:
+    """Whether the metadata.json of a distributed checkpoint names this backend."""
     try:
-        text = (folder / "metadata.json").read_text()
-        return bool(json.loads(text).get("sharded_backend") == FORMAT)
-    except (OSError, ValueError, AttributeError):
+        return backend_of((folder / "metadata.json").read_bytes()) == name
+    except OSError:
         return False
+
+
+def backend_of(text: bytes) -> object:
+    """The backend that a metadata.json names; None when it names none."""
+    try:
+        return json.loads(text).get("sharded_backend")
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 def read_index(folder: Path) -> CheckpointIndex:
@@ -53,14 +65,24 @@ def read_index(folder: Path) -> CheckpointIndex:
     Raises `ExportError` for a missing or cut file, a pickle that names anything but the metadata classes,
     one that costs more than it may, and chunks that do not tile their tensors.
     """
+    index = read_table(folder)
+    check_files(index)
+    return index
+
+
+def check_files(index: CheckpointIndex) -> None:
+    """`ExportError` naming files of the table that are missing or too short."""
+    check_extents(index, readable_files(index))
+
+
+def read_table(folder: Path) -> CheckpointIndex:
+    """As `read_index`, without a look at any file but ``.metadata``."""
     path = folder / ".metadata"
     try:
         num_bytes = path.stat().st_size
     except OSError as error:
         raise _unreadable(path, error) from error
-    index = index_in_child(folder) if num_bytes > IN_PROCESS_BYTES else parse_index(folder)
-    check_extents(index, readable_files(index))
-    return index
+    return index_in_child(folder) if num_bytes > IN_PROCESS_BYTES else parse_index(folder)
 
 
 def parse_index(folder: Path) -> CheckpointIndex:
@@ -82,17 +104,21 @@ def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
 
     Reads ``common.pt`` or the record that replaced it in Megatron-Core 0.19; empty when there is neither.
     """
-    path, offset, length = index.folder / "common.pt", 0, 0
     if COMMON_STATE in index.objects:
         record = index.objects[COMMON_STATE]
-        path, offset, length = index.path(record.file), record.offset, record.length
-    elif path.exists():
-        length = path.stat().st_size
-    else:
-        return {}
-    with path.open("rb") as file:
-        state = read_state(lambda at, size: os.pread(file.fileno(), size, at), offset, length, origin=str(path))
-    value = state.value
+        return read_mapping(index.path(record.file), record.offset, record.length)
+    return read_common_file(index.folder)
+
+
+def read_common_file(folder: Path) -> Mapping[str, object]:
+    """The content of ``common.pt``, empty without one."""
+    path = folder / "common.pt"
+    return read_mapping(path, 0, path.stat().st_size) if path.exists() else {}
+
+
+def read_mapping(path: Path, offset: int, length: int) -> Mapping[str, object]:
+    """The dictionary that ``torch.save`` wrote to a range of a file, alone or as the one element of a list."""
+    value = load_object(path, offset, length)
     if isinstance(value, list) and len(value) == 1:  # a sharded object is saved as a list of one
         value = value[0]
     if not isinstance(value, Mapping):

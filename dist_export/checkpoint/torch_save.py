@@ -8,10 +8,12 @@ and positions from the local headers. Storages of 4 GiB and more use zip64.
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dist_export.checkpoint.pickles import Record, ScanLimits, TensorRef, load_state_pickle
@@ -352,3 +354,9 @@ class _Zip:
         if not slash or not name:
             raise self._error(f"has an entry {raw!r}, which torch.save does not write")
         return folder, name
+
+
+def load_object(path: Path, base: int, length: int) -> Any:
+    """The object that ``torch.save`` wrote to a range of a file, as `read_state` gives it."""
+    with path.open("rb") as file:
+        return read_state(lambda at, size: os.pread(file.fileno(), size, at), base, length, origin=str(path)).value

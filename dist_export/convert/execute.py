@@ -116,8 +116,10 @@ class Executor:
         tiles = self._tiles(items)
         with ThreadPoolExecutor(self.budget.num_threads, "tile") as pool:
             futures = [pool.submit(self._work, tiles) for _ in range(self.budget.num_threads)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            self._stop = any(f.done() and f.exception() for f in futures)
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop = True  # a thread has failed, or a signal has ended the wait
         for future in futures:
             future.result()
 

@@ -7,8 +7,10 @@ machine that lost written pages costs work and never correctness.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +20,7 @@ from threading import Lock
 from isal.isal_zlib import crc32
 
 from dist_export.convert.ledger import Run, TensorKey, merged
+from dist_export.convert.outputs import write_error
 from dist_export.errors import ExportError
 
 FOLDER = "journal"
@@ -25,13 +28,17 @@ FINGERPRINT = "job.json"
 FLUSH_EVERY_S = 0.1  # work lost by a kill, at most
 
 _READ_BYTES = 1 << 20
+_LINE = re.compile(rb"\d{1,9} \d{1,9} \d{1,18} \d{1,18} \d{1,10}\n")
 
 
 class Journal:
     """Appends runs to one process's journal file. `note` may be called from several threads."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        try:
+            self._file = path.open("a")
+        except OSError as error:
+            raise write_error(path, error) from error
         self._lock = Lock()
         self._lines: list[str] = []
         self._flushed = time.monotonic()
@@ -44,10 +51,12 @@ class Journal:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left and close."""
-        with self._lock:
-            self._flush()
-            self._file.close()
+        """Write what is left and close. Raises nothing: what is not noted is done again, no more."""
+        with self._lock, contextlib.suppress(ExportError, OSError):
+            try:
+                self._flush()
+            finally:
+                self._file.close()
 
     def _flush(self) -> None:
         lines, self._lines, self._flushed = self._lines, [], time.monotonic()
@@ -55,30 +64,32 @@ class Journal:
             self._file.write("".join(lines))
             self._file.flush()
         except OSError as error:
-            raise ExportError(f"{self._file.name}: cannot write: {error.strerror}") from error
+            raise write_error(Path(self._file.name), error) from error
 
 
 def read_journals(folder: Path) -> dict[TensorKey, list[Run]]:
     """All runs in the journals of a staging folder; a line cut off by a kill is passed over."""
     runs: dict[TensorKey, list[Run]] = {}
     for path in sorted((folder / FOLDER).glob("*.txt")):
-        for line in path.read_text().splitlines(keepends=True):
-            parts = line.split()
-            if line.endswith("\n") and len(parts) == 5 and all(part.isdigit() for part in parts):
-                file, index, offset, length, checksum = map(int, parts)
+        for line in path.read_bytes().splitlines(keepends=True):
+            if _LINE.fullmatch(line):
+                file, index, offset, length, checksum = map(int, line.split())
                 runs.setdefault((file, index), []).append((offset, length, checksum))
     return runs
 
 
-def confirmed(path: Path, start: int, runs: Iterable[Run]) -> Iterator[Run]:
-    """Those of a tensor's runs whose bytes in `path` (the tensor begins at `start`) have the noted checksum.
+def confirmed(path: Path, start: int, num_bytes: int, runs: Iterable[Run]) -> Iterator[Run]:
+    """Those of a tensor's runs whose bytes in `path` have the noted checksum.
 
-    Overlapping runs (of an earlier resume) yield each byte once.
+    The tensor has `num_bytes` bytes and begins at `start`. Overlapping runs (of an earlier resume) yield each
+    byte once.
     """
     end = 0
     with path.open("rb") as file:
         for offset, length, checksum in sorted(set(runs)):
-            if offset < end or _checksum(file.fileno(), start + offset, length) != checksum:
+            if offset < end or not 0 < length <= num_bytes - offset:
+                continue
+            if _checksum(file.fileno(), start + offset, length) != checksum:
                 continue
             end = offset + length
             yield offset, length, checksum
@@ -122,8 +133,11 @@ class Done:
 
 def write_fingerprint(folder: Path, fingerprint: Mapping[str, object]) -> None:
     """Say what a staging folder is being filled with."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    (folder / FINGERPRINT).write_text(json.dumps(fingerprint, indent=1) + "\n")
+    try:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        (folder / FINGERPRINT).write_text(json.dumps(fingerprint, indent=1) + "\n")
+    except OSError as error:
+        raise write_error(folder / FINGERPRINT, error) from error
 
 
 def remove_journals(folder: Path) -> None:

@@ -59,6 +59,7 @@ class OutputFile:
             descriptor = os.open(path, os.O_RDWR)
             try:
                 os.ftruncate(descriptor, len(header) + num_data_bytes)
+                _allocate(descriptor, len(header) + num_data_bytes)
                 os.pwrite(descriptor, header, 0)
             finally:
                 os.close(descriptor)

@@ -11,11 +11,14 @@ _FUNCTIONS: dict[str, str] = {
     "erf_gelu": "gelu",
     "fast_gelu": "gelu_tanh",
     "openai_gelu": "gelu_tanh",
+    "openai_gelu_func": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
     "squared_relu": "squared_relu",
+    "relu2": "squared_relu",
     "quick_gelu": "quick_gelu",
 }
 

@@ -30,8 +30,8 @@ class LogicalModel:
     value splits the fused tensor once, and so do the tp ranks of a pipeline stage together.
     """
 
-    MOST_SPLITS = 4096
-    """Kept at a time: those of a stage of a dense model, of a layer of a few hundred experts."""
+    MOST_SPLITS = 1 << 14
+    """Kept at a time, about 1 kB each: those of a pipeline stage, also of one with thousands of experts."""
 
     def __init__(self, catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> None:
         self.catalog = catalog

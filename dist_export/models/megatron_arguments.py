@@ -197,19 +197,53 @@ def _default_claim(rule: ArgumentRule, arguments: Arguments) -> dict[str, Claim]
     return {rule.field: Claim(rule.default, from_default(absent), default=True)}
 
 
+#: Names of Llama-3.1 scaling: of the switch, of its factor, of linear interpolation. Megatron-LM's arguments, then
+#: the parameters of GPTModel, which the configurations of other trainers have.
+_ROPE_SCALING_NAMES = (
+    ("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    ("rope_scaling", "rope_scaling_factor", "seq_len_interpolation_factor"),
+)
+_LLAMA3_NUMBERS = {
+    "low_freq_factor": ("rope_scaling_low_freq_factor", 1.0),
+    "high_freq_factor": ("rope_scaling_high_freq_factor", 4.0),
+    "original_max_position_embeddings": ("rope_scaling_original_max_position_embeddings", 8192),
+}
+"""Constants in Megatron's code; fields of the models of other trainers that have their own."""
+
+
 def rope_scaling_claim(arguments: Arguments) -> Claim:
     """`rope_scaling` from Llama-3.1 scaling (0.10; its factor 0.11, 8 before) or linear interpolation."""
-    interpolation = arguments.number("rotary_seq_len_interpolation_factor")
-    if arguments.switch("use_rope_scaling"):
-        factor = arguments.number("rope_scaling_factor")
-        names = ("use_rope_scaling",) if factor is None else ("use_rope_scaling", "rope_scaling_factor")
-        return Claim(RopeScaling("llama3", 8.0 if factor is None else factor), from_arguments(*names))
-    if interpolation is not None:
-        source = from_arguments("rotary_seq_len_interpolation_factor")
-        return Claim(RopeScaling("linear", interpolation), source)
-    if arguments.has("use_rope_scaling"):
-        return Claim(None, from_arguments("use_rope_scaling"))
+    names = next((names for names in _ROPE_SCALING_NAMES if arguments.switch(names[0])), None)
+    linear = next((names[2] for names in _ROPE_SCALING_NAMES if arguments.number(names[2]) is not None), None)
+    interpolation = arguments.number(linear) if linear else None
+    if names is not None:
+        if interpolation not in (None, 1.0):
+            arguments.faults.add(f"rope_scaling: the checkpoint args have both {names[0]} and {linear}, no target has")
+        return _llama3_claim(arguments, names[0], names[1])
+    if linear is not None and interpolation is not None:
+        return Claim(RopeScaling("linear", interpolation), from_arguments(linear))
+    known = next((names[0] for names in _ROPE_SCALING_NAMES if arguments.has(names[0])), None)
+    if known is not None:
+        return Claim(None, from_arguments(known))
     return Claim(None, from_default("use_rope_scaling"), default=True)
+
+
+def _llama3_claim(arguments: Arguments, switch: str, factor_name: str) -> Claim:
+    factor = arguments.number(factor_name)
+    names = [switch] if factor is None else [switch, factor_name]
+    numbers = dict.fromkeys(_LLAMA3_NUMBERS, 0.0)
+    for field, (name, default) in _LLAMA3_NUMBERS.items():
+        given = arguments.number(name)
+        numbers[field] = default if given is None else given
+        names += [] if given is None else [name]
+    scaling = RopeScaling(
+        "llama3",
+        8.0 if factor is None else factor,
+        low_freq_factor=numbers["low_freq_factor"],
+        high_freq_factor=numbers["high_freq_factor"],
+        original_max_position_embeddings=int(numbers["original_max_position_embeddings"]),
+    )
+    return Claim(scaling, from_arguments(*names))
 
 
 def position_embedding_claim(arguments: Arguments) -> Claim:
@@ -223,13 +257,15 @@ def position_embedding_claim(arguments: Arguments) -> Claim:
     return Claim(kind, from_arguments("position_embedding_type"))
 
 
-def rope_scaling_notes(scaling: object) -> list[str]:
+def rope_scaling_notes(arguments: Arguments, scaling: object) -> list[str]:
     """What the user should know about a scaling from the arguments that some of Megatron's entry points ignore.
 
     No release of `pretrain_gpt` passes `rope_scaling_factor` to the model (which then uses 8), and before
     0.18 none passes `rotary_seq_len_interpolation_factor` to a Megatron-Core model; converters and servers do.
     """
-    if not isinstance(scaling, RopeScaling):
+    if not isinstance(scaling, RopeScaling) or arguments.has("rope_scaling"):
+        return []
+    if scaling.kind == "linear" and not arguments.has("rotary_seq_len_interpolation_factor"):
         return []
     if scaling.kind == "linear":
         return [

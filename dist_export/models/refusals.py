@@ -87,6 +87,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _given,
         "routing depends on how experts were spread over devices in training",
     ),
+    Refusal("apply_embedding_scaling", _on, "word embeddings are multiplied by sqrt(hidden_size); " + _NO_TARGET),
+    Refusal("query_pre_attn_scalar", _given, "scores are scaled by a number of their own; " + _NO_TARGET),
+    Refusal("attn_logit_softcapping", _on, "scores are capped; " + _NO_TARGET),
+    Refusal("final_logit_softcapping", _on, "logits are capped; " + _NO_TARGET),
+    Refusal("transformer_block_type", _is("post_ln", "normformer"), "only pre_ln blocks have a rule table"),
+    Refusal("headscale", _on, "every head is multiplied by a weight; " + _NO_TARGET),
     Refusal("use_mup", _on, "muP multiplies embeddings, attention and logits; " + _NO_TARGET),
     Refusal("enable_mhc_connections", _on, "hyper-connections replace the residual; " + _NO_TARGET),
 )

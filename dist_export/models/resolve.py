@@ -237,7 +237,7 @@ def _settle_vocabulary(chosen: dict[str, Claim], reader: Arguments | None, notes
 def _argument_notes(reader: Arguments, given: Mapping[str, Claim], chosen: Mapping[str, Claim]) -> list[str]:
     notes: list[str] = []
     if "rope_scaling" not in given and "rope_scaling" in chosen:
-        notes += megatron_arguments.rope_scaling_notes(chosen["rope_scaling"].value)
+        notes += megatron_arguments.rope_scaling_notes(reader, chosen["rope_scaling"].value)
     if "activation" not in given and "activation" in chosen:
         notes += activation_notes(reader, chosen["activation"].value)
     return notes

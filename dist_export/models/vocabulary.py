@@ -22,6 +22,8 @@ def vocabulary_claim(arguments: Arguments | None, padded: Claim) -> tuple[Claim,
         return _unproven(padded, "the checkpoint holds no training arguments")
     given = arguments.integer("vocab_size")
     tokenizer = arguments.word("tokenizer_type")
+    if given is not None and arguments.has("should_pad_vocab"):
+        return _provider(arguments, given, padded)
     if given is None:
         return _unproven(padded, f"the size is that of the tokenizer ({tokenizer or 'not named'}), not saved")
     if tokenizer in _NULL_TOKENIZERS:
@@ -31,6 +33,14 @@ def vocabulary_claim(arguments: Arguments | None, padded: Claim) -> tuple[Claim,
     return _unproven(
         padded, f"vocab_size = {given} in the checkpoint args is not used by {tokenizer or 'the tokenizer'}"
     )
+
+
+def _provider(arguments: Arguments, given: int, padded: Claim) -> tuple[Claim, list[str]]:
+    """A Megatron-Bridge provider builds the model with `vocab_size`, padded only if `should_pad_vocab` says so
+    (models/gpt_provider.py, `GPTModelProvider.provide`)."""
+    if not arguments.switch("should_pad_vocab") and given == padded.value:
+        return Claim(given, from_arguments("vocab_size", "should_pad_vocab")), []
+    return _checked(arguments, given, padded, from_arguments("vocab_size", "should_pad_vocab"))
 
 
 def _null_tokenizer(arguments: Arguments, given: int, padded: Claim) -> tuple[Claim, list[str]]:

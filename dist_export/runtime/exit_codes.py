@@ -4,6 +4,7 @@
     1    an internal error (a bug); the traceback of the rank that met it is printed
     2    bad usage or bad input: the message says what to change
     3    another rank failed, was killed or stopped responding; on the launching process: a rank was lost
+    4    `verify` found the export wrong
     130  interrupted (SIGINT), 143 terminated (SIGTERM): 128 + the signal's number
 """
 
@@ -13,6 +14,7 @@ OK = 0
 INTERNAL = 1
 BAD_INPUT = 2
 PEER_FAILED = 3
+NOT_VERIFIED = 4
 INTERRUPTED = 130
 TERMINATED = 143
 

@@ -41,6 +41,8 @@ class Group:
         """`report` is called at most once in the whole run: on the rank that has to print the failure."""
         self.world = world
         self.progress = Progress()
+        self.phase = "plan"
+        self.on_phase: Callable[[str], None] | None = None
         self._timing = timing or Timing()
         self._store = store
         self._monitor = Monitor(world, store, progress=self.progress, timing=self._timing, report=report)
@@ -130,6 +132,12 @@ class Group:
         """Return when every rank has called it. Raises PeerFailedError."""
         self.gather(f"{step}/arrived", b"")
         self.broadcast(f"{step}/go", b"" if self.rank == 0 else None)
+
+    def enter_phase(self, name: str) -> None:
+        """This rank goes on to another phase of the work; who watches the run is told on rank 0 (`on_phase`)."""
+        self.phase = name
+        if self.on_phase is not None:
+            self.on_phase(name)
 
     def job_progress(self) -> ProgressCounts:
         """Rank 0: the progress of all ranks together, at most a heartbeat old."""

@@ -12,7 +12,7 @@ from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
 from dist_export.runtime.failure import Failure, TerminatedError
 from dist_export.runtime.monitor import ABORT_KEY, Timing, beat_key, has_left
-from dist_export.runtime.run import Main, print_failure, run_here, run_rank
+from dist_export.runtime.run import Main, Report, print_failure, run_here, run_rank
 from dist_export.runtime.signals import die_with_parent, note_signals, terminate_cleanly
 from dist_export.runtime.store import LocalStoreServer
 from dist_export.runtime.world import SINGLE, World
@@ -23,12 +23,14 @@ _LEAVE_WITHIN_S, _KILL_AFTER_S = 5.0, 4.0
 _LOOK_S = 0.005
 
 
-def run_local(num_processes: int, main: Main, *, timing: Timing | None = None) -> int:
+def run_local(
+    num_processes: int, main: Main, *, timing: Timing | None = None, tell: Report = print_failure
+) -> int:
     """Run `main` in `num_processes` forked processes of this machine and wait for them; returns the exit code.
 
     With one process `main` runs in the calling process. Otherwise the caller must have no threads and must not have
-    imported torch, whose threads do not survive a fork. Called from the main thread. A failure is printed once, here:
-    the first cause, with its rank. Children die with this process.
+    imported torch, whose threads do not survive a fork. Called from the main thread. `tell` gets a failure once, here:
+    the first cause, with its rank; by default it is printed. Children die with this process.
 
     Returns:
         0; or the first non-zero code that a rank's `main` returned; or the code of the failure: 2 for an ExportError
@@ -40,14 +42,14 @@ def run_local(num_processes: int, main: Main, *, timing: Timing | None = None) -
     if num_processes < 1:
         raise ExportError(f"the number of processes must be at least 1, not {num_processes}")
     if num_processes == 1:
-        return run_here(SINGLE, main, timing=timing)
+        return run_here(SINGLE, main, timing=timing, tell=tell)
     launcher = _Launcher(num_processes, main, timing)
     try:
         with note_signals() as signals:
             launcher.run(signals)
     finally:
         launcher.close()
-    return launcher.conclude()
+    return launcher.conclude(tell)
 
 
 class _Launcher:
@@ -82,11 +84,11 @@ class _Launcher:
         self._running.clear()
         self._server.close()
 
-    def conclude(self) -> int:
-        """Print the cause of a failure; returns the exit code of the run."""
+    def conclude(self, tell: Report) -> int:
+        """Tell the cause of a failure; returns the exit code of the run."""
         failure = self._failure()
         if failure is not None:
-            print_failure(failure)
+            tell(failure)
             return failure.exit_code
         return next((code for _rank, code in sorted(self._codes.items()) if code != 0), exit_codes.OK)
 

@@ -21,6 +21,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_export.errors import ExportError
@@ -42,9 +43,14 @@ class Lease:
         self._name = f"{NAME}.{number}" if number else NAME
         self._descriptor = os.open(folder / self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._beat = 0
-        self._write()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        try:
+            self._write()
+        except OSError:
+            os.close(self._descriptor)
+            (folder / self._name).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def acquire(cls, folder: Path, *, stale_after_s: float = STALE_AFTER_S) -> Lease:
@@ -53,27 +59,32 @@ class Lease:
         Waits up to `stale_after_s` to see whether an owner on another machine is alive. Raises `ExportError`
         naming the owner when it is, or when another run takes the lease at the same time.
         """
-        there = leases(folder)
-        if there:
-            holder = _read(there[-1])
-            if holder is not None and _is_alive(there[-1], holder, stale_after_s):
-                raise ExportError(
-                    f"{folder}: another export to this output is running (process {holder.get('pid')} on "
-                    f"{holder.get('host')}); wait for it, stop it, or choose another output"
-                )
+        found = {path: _read(path) for path in leases(folder)}
+        last = max(found, key=_number, default=None)
+        holder = found[last] if last is not None else None
+        if last is not None and holder is not None and _is_alive(last, holder, stale_after_s):
+            raise ExportError(
+                f"{folder}: another export to this output is running (process {holder.get('pid')} on "
+                f"{holder.get('host')}); wait for it, stop it, or choose another output"
+            )
         try:
-            lease = cls(folder, _number(there[-1]) + 1 if there else 0)
+            lease = cls(folder, 0 if last is None else _number(last) + 1)
         except (FileExistsError, FileNotFoundError):
             raise ExportError(f"{folder}: another export to this output has just started or ended") from None
         except OSError as error:
             raise ExportError(f"{folder}: cannot write: {error.strerror}") from error
-        for path in there:
-            path.unlink(missing_ok=True)
+        lease._replace(folder, found)
         lease._thread.start()
-        if [path.name for path in leases(folder)] != [lease._name]:  # of a run that found the folder as we left it
-            lease.release(folder)
-            raise ExportError(f"{folder}: another export to this output has just started")
         return lease
+
+    def _replace(self, folder: Path, found: Mapping[Path, dict[str, object] | None]) -> None:
+        """Remove the dead leases; give way when one of them is not what it was, or when there is another."""
+        dead = [path for path, holder in found.items() if _read(path) in (None, holder)]
+        for path in dead:
+            path.unlink(missing_ok=True)
+        if [path.name for path in leases(folder)] != [self._name]:
+            self.release(folder)
+            raise ExportError(f"{folder}: another export to this output has just started")
 
     def is_held(self, folder: Path) -> bool:
         """Whether `folder` is still this lease's: nobody has taken it over."""

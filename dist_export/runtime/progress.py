@@ -52,6 +52,21 @@ class Progress:
         return self._counts
 
 
+class RateMeter:
+    """Bytes per second, averaged over the last `_RATE_WINDOW_S` seconds."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def update(self, now: float, num_bytes: int) -> float | None:
+        """Take a counter's value at `now` (seconds); the rate, or None while there is only one value."""
+        self._samples.append((now, num_bytes))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= _RATE_WINDOW_S:
+            self._samples.popleft()
+        (start, before), (end, after) = self._samples[0], self._samples[-1]
+        return (after - before) / (end - start) if end > start else None
+
+
 class ProgressLine:
     """Shows the progress of a job: a live line on a terminal, else a plain line every 10 s at most."""
 
@@ -68,18 +83,16 @@ class ProgressLine:
         self._label = label
         self._clock = clock
         self._live = stream.isatty()
-        self._samples: deque[tuple[float, int]] = deque()
+        self._meter = RateMeter()
         self._next_line = clock() + (0.0 if self._live else _PLAIN_INTERVAL_S)
 
     def update(self, counts: ProgressCounts) -> None:
         """Take the job's counters of now, and show them when it is time."""
         now = self._clock()
-        self._samples.append((now, counts.bytes_written))
-        while len(self._samples) > 2 and now - self._samples[1][0] >= _RATE_WINDOW_S:
-            self._samples.popleft()
+        rate = self._meter.update(now, counts.bytes_written)
         if counts.total == 0 or now < self._next_line:
             return
-        text = format_progress(counts, rate=self._rate(), num_ranks=self._num_ranks, label=self._label)
+        text = format_progress(counts, rate=rate, num_ranks=self._num_ranks, label=self._label)
         self._write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         self._next_line = now + (0.0 if self._live else _PLAIN_INTERVAL_S)
 
@@ -87,10 +100,6 @@ class ProgressLine:
         """Erase the live line, so that what is printed next starts on a clean one."""
         if self._live:
             self._write("\r\x1b[K")
-
-    def _rate(self) -> float | None:
-        (start, before), (end, after) = self._samples[0], self._samples[-1]
-        return (after - before) / (end - start) if end > start else None
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
@@ -20,22 +21,37 @@ from dist_export.runtime.world import World
 #: A rank's work: returns its exit code. Every rank runs it with its own group.
 Main = Callable[[Group], int]
 
+
+class Report(Protocol):
+    """Tells the user why a run failed; called once in a run."""
+
+    def __call__(self, failure: Failure, *, with_rank: bool = True) -> None:
+        """`with_rank`: whether to say which rank it was."""
+
+
 #: Seconds that ranks have to find the store, in case they start far apart.
 _CONNECT_WITHIN_S = 300.0
 
 
 def run_here(
-    world: World, main: Main, *, timing: Timing | None = None, environ: Mapping[str, str] = os.environ
+    world: World,
+    main: Main,
+    *,
+    timing: Timing | None = None,
+    environ: Mapping[str, str] = os.environ,
+    tell: Report | None = None,
 ) -> int:
     """Run `main` as the rank that a launcher (torchrun, srun, mpirun) made this process; returns the exit code.
 
     The cause of a failure is printed once, by the rank that failed, or by the rank that noticed where the failing
-    one was killed. Every rank returns non-zero then (`dist_export.runtime.exit_codes`).
+    one was killed; `tell` does it where it is given. Every rank returns non-zero then
+    (`dist_export.runtime.exit_codes`).
     """
     alone = world.world_size == 1
+    tell = tell or print_failure
 
     def report(failure: Failure) -> None:
-        print_failure(failure, with_rank=not alone)
+        tell(failure, with_rank=not alone)
 
     try:
         with terminate_cleanly():

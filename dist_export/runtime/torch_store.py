@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from dist_export.errors import ExportError
 from dist_export.runtime.failure import StoreLostError
+from dist_export.runtime.mpi_address import agree_over_mpi
 from dist_export.runtime.store import MAX_VALUE
 from dist_export.runtime.world import World
 
@@ -97,13 +98,16 @@ def connect_torch_store(world: World, environ: Mapping[str, str], *, timeout_s: 
 
 
 def store_address(world: World, environ: Mapping[str, str]) -> tuple[str, int]:
-    """(host, port) of the store: MASTER_ADDR and MASTER_PORT, or what Slurm or a one-node MPI job implies.
+    """(host, port) of the store: MASTER_ADDR and MASTER_PORT, or what Slurm or MPI implies. Every rank calls it.
 
     Raises:
         ExportError: one of them is missing and follows from nothing, or the port is no port.
     """
     host = environ.get("MASTER_ADDR") or _default_host(world, environ)
     port = environ.get("MASTER_PORT") or _default_port(environ)
+    if host is None or port is None:
+        agreed = agree_over_mpi(world, environ)
+        host, port = (host or agreed[0], port or agreed[1]) if agreed else (host, port)
     if host is None or port is None:
         missing = " and ".join(n for n, v in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if v is None)
         raise ExportError(f"set {missing}: the {world.launcher} launcher does not tell where rank 0 can be reached")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,59 @@ class Usage:
             peak_memory=status.get("VmHWM", 0) * 1024,
             memory=status.get("VmRSS", 0) * 1024,
         )
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+#: Buffers of a process where no memory limit asks for less, and the least that still makes sense.
+_MOST_BUFFERS, _LEAST_BUFFERS = 1 << 30, 64 << 20
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def default_host_memory(num_processes: int, *, limit: int | None = None) -> int:
+    """Bytes for the buffers of each of `num_processes` of this node: 1 GiB, or half of its share of `limit`.
+
+    The other half is for the interpreter, torch and the page cache, all of which count against the limit.
+    `limit` is by default that of this process's control group (`memory_limit`).
+    """
+    limit = memory_limit() if limit is None else limit
+    if limit is None:
+        return _MOST_BUFFERS
+    return max(min(_MOST_BUFFERS, limit // (2 * num_processes)), _LEAST_BUFFERS)
+
+
+def memory_limit(cgroups: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The least memory limit, in bytes, of the control groups this process is in; None where there is none.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst (memory.max) and cgroup-v1/memory.rst (memory.limit_in_bytes) of
+    the Linux kernel. In a container the group's path may be the host's and absent; the root of the mount is its own.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return None
+    limits: list[int] = []
+    for _number, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "":
+            limits += _limits(cgroups, path, "memory.max")
+        elif "memory" in controllers.split(","):
+            limits += _limits(cgroups / "memory", path, "memory.limit_in_bytes")
+    # Version 1 says "no limit" as the largest number of pages: about 2**63.
+    return min((each for each in limits if each < 1 << 62), default=None)
+
+
+def _limits(mount: Path, group: str, name: str) -> list[int]:
+    """The limits of a group and of all above it."""
+    folder, found = mount / group.lstrip("/"), []
+    for each in (folder, *folder.parents):
+        if each == mount or mount in each.parents:
+            with contextlib.suppress(OSError):
+                found.append((each / name).read_text().strip())
+    return [int(text) for text in found if text.isdigit()]
 
 
 def _table(path: Path) -> dict[str, int]:

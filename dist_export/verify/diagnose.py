@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
 from dist_export.models.rules import Input, Scope, TargetRule
-from dist_export.models.shard_ops import TensorParallel
 from dist_export.models.value_ops import ValueOp, ValueOps
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import OutputTensor, SlabUses, Use, flat_rectangle, slab_shape
 from dist_export.tensors.boxes import Box
-from dist_export.tensors.views import Piece, Slab, View, concatenate
+from dist_export.tensors.views import Piece, Slab, View, concatenate, stack
 from dist_export.verify.compare import Comparer, Difference, choose_converter
-from dist_export.verify.inverse import InverseRules
+from dist_export.verify.inverse import InverseRules, Place
 from dist_export.verify.output import OutputReader, Region
+
+MOST_EXPERTS = 8  # differing experts of a stacked tensor that are tried in pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +34,58 @@ class Suspect:
     inverse: InverseRules
     output: OutputTensor
     rule: TargetRule
-    layer: int
-    """Global layer number, -1 outside the layers."""
+    place: Place
     rank: int
     """Target rank."""
     differences: tuple[Difference, ...]
+    differing_experts: tuple[int, ...] = ()
+    """Experts whose part of a stacked tensor differs."""
 
     @property
     def planned(self) -> PlannedTensor:
         return self.output.planned
 
     @property
-    def tp(self) -> TensorParallel:
-        return self.inverse.layout.tensor_parallel(self.rank)
+    def tp_size(self) -> int:
+        return self.inverse.layout.tp_size
 
-    def shard(self, part: Input, *, layer: int | None = None, tp_rank: int | None = None) -> View:
+    def tp_rank(self) -> int:
+        """The rank on the tp axis."""
+        return self.rank % self.tp_size
+
+    def experts_of(self, rank: int) -> Sequence[int]:
+        """The experts that a target rank stacks in this tensor; those of the tensor's place otherwise."""
+        if self.rule.over_experts:
+            return self.inverse.layout.experts(rank, self.inverse.config.num_experts)
+        return (self.place.expert,)
+
+    def shard(
+        self, part: Input, expert: int, *, layer: int | None = None, tp_rank: int | None = None
+    ) -> View:
         """What an input gives to a rank: by default to this one, of this layer."""
-        layer = self.layer if layer is None else layer
-        tensor = self.inverse.logical.find(part.logical, layer=layer)
-        view = tensor.view if tensor else View.zeros(self.inverse.logical_shape(part, layer))
-        tp = self.tp if tp_rank is None else TensorParallel(tp_rank, self.tp.size)
+        layer = self.place.layer if layer is None else layer
+        tensor = self.inverse.logical.find(part.logical, layer=layer, expert=expert)
+        view = tensor.view if tensor else View.zeros(self.inverse.logical_shape(part, Place(layer, expert)))
+        rank = self.rank if tp_rank is None else self.rank - self.tp_rank() + tp_rank
+        layout = self.inverse.layout
+        tp = layout.expert_tensor_parallel(rank) if self.rule.over_experts else layout.tensor_parallel(rank)
         return part.shard.take(view, tp, self.inverse.config)
 
-    def holding(self, shards: Sequence[View]) -> PlannedTensor | None:
-        """The tensor had it been made of `shards`; None when that has another shape or is what it should be."""
-        view = concatenate(shards, 0)
+    def made_of(
+        self,
+        shard: Callable[[Input, int], View] | None = None,
+        *,
+        inputs: Sequence[Input] | None = None,
+        experts: Sequence[int] | None = None,
+    ) -> PlannedTensor | None:
+        """The tensor had it been made of other inputs, other experts, or other shards of them."""
+        shard, inputs = shard or self.shard, self.rule.inputs if inputs is None else inputs
+        experts = self.experts_of(self.rank) if experts is None else experts
+        joined = [concatenate([shard(part, expert) for part in inputs], 0) for expert in experts]
+        return self.holding(stack(joined) if self.rule.over_experts else joined[0])
+
+    def holding(self, view: View) -> PlannedTensor | None:
+        """The tensor had it been made of `view`; None when that has another shape or is what it should be."""
         if view.shape != self.planned.view.shape or view == self.planned.view:
             return None
         return replace(self.planned, view=view)
@@ -96,7 +126,7 @@ def one_flipped_bit(suspect: Suspect) -> Iterator[Guess]:
 
 def never_written(suspect: Suspect) -> Iterator[Guess]:
     """All zeros."""
-    yield from _guess("it is all zero", suspect.holding([View.zeros(suspect.planned.view.shape)]))
+    yield from _guess("it is all zero", suspect.holding(View.zeros(suspect.planned.view.shape)))
 
 
 def leaked_padding(suspect: Suspect) -> Iterator[Guess]:
@@ -109,10 +139,10 @@ def leaked_padding(suspect: Suspect) -> Iterator[Guess]:
     whole, rows = slab_shape(slab, suspect.inverse.catalog.tensors), suspect.planned.view.shape[0]
     if whole[0] != suspect.inverse.config.padded_vocab_size:
         return
-    padded = suspect.tp.size * rows
+    padded = suspect.tp_size * rows
     kept = View.of(slab, whole).narrow(0, 0, min(padded, whole[0])).pad(0, padded)
     mistake = "the checkpoint's padding rows of the vocabulary leaked into rows that must be zero"
-    yield from _guess(mistake, suspect.holding([kept.narrow(0, suspect.tp.rank * rows, rows)]))
+    yield from _guess(mistake, suspect.holding(kept.narrow(0, suspect.tp_rank() * rows, rows)))
 
 
 _NORM_VALUES: tuple[tuple[tuple[ValueOp, ...], str], ...] = (
@@ -159,7 +189,7 @@ def swapped_parts(suspect: Suspect) -> Iterator[Guess]:
         here = [n for n, part in enumerate(inputs) if f".{first}." in part.logical or f".{second}." in part.logical]
         if len(here) == 2:  # both in this tensor: in the other order
             inputs[here[0]], inputs[here[1]] = inputs[here[1]], inputs[here[0]]
-            yield from _guess(names, suspect.holding([suspect.shard(part) for part in inputs]))
+            yield from _guess(names, suspect.made_of(inputs=inputs))
         elif len(here) == 1:
             (n,) = here
             old, new = (first, second) if f".{first}." in inputs[n].logical else (second, first)
@@ -169,8 +199,8 @@ def swapped_parts(suspect: Suspect) -> Iterator[Guess]:
                 logical=inputs[n].logical.replace(old, new),
                 zeros_for=zeros.replace(old, new) if zeros else None,
             )
-            mistake = f"{names}: it holds {inputs[n].logical.replace('{layer}', str(suspect.layer))}"
-            yield from _guess(mistake, suspect.holding([suspect.shard(part) for part in inputs]))
+            mistake = f"{names}: it holds {suspect.place.fill(inputs[n].logical)}"
+            yield from _guess(mistake, suspect.made_of(inputs=inputs))
 
 
 def permuted_rotary(suspect: Suspect) -> Iterator[Guess]:
@@ -185,69 +215,81 @@ def permuted_rotary(suspect: Suspect) -> Iterator[Guess]:
         "de-interleaved": [*range(0, 2 * half, 2), *range(1, 2 * half, 2)],
     }
     for parts in (("query", "key"), ("query",), ("key",)):
-        wanted = [any(f"attention.{part}." in each.logical for part in parts) for each in suspect.rule.inputs]
-        if not any(wanted):
-            continue
         for word, order in orders.items():
-            shards = [suspect.shard(part) for part in suspect.rule.inputs]
-            moved = [
-                _heads_permuted(view, [*order, *rest]) if move else view
-                for view, move in zip(shards, wanted, strict=True)
-            ]
-            yield from _guess(
-                f"the rotary halves of {' and '.join(parts)} are {word} within each head", suspect.holding(moved)
-            )
+
+            def shard(part: Input, expert: int, parts: Sequence[str] = parts, order: Sequence[int] = order) -> View:
+                view = suspect.shard(part, expert)
+                moved = any(f"attention.{each}." in part.logical for each in parts)
+                return _heads_permuted(view, [*order, *rest]) if moved else view
+
+            mistake = f"the rotary halves of {' and '.join(parts)} are {word} within each head"
+            yield from _guess(mistake, suspect.made_of(shard))
 
 
 def _heads_permuted(view: View, order: Sequence[int]) -> View:
     size = len(order)
-    rows = [(start + row, 1) for start in range(0, view.shape[0], size) for row in order]
-    return view.gather(0, rows)
+    heads = [view.narrow(0, start, size) for start in range(0, view.shape[0], size)]
+    return concatenate([head.gather(0, [(row, 1) for row in order]) for head in heads], 0)
 
 
 def wrong_key_value_heads(suspect: Suspect) -> Iterator[Guess]:
     """The right query heads with the key/value heads of another rank: repeated in the wrong order."""
-    is_kv = [".attention.key." in part.logical or ".attention.value." in part.logical for part in suspect.rule.inputs]
-    if not any(is_kv):
-        return
-    for other in range(suspect.tp.size):
-        shards = [
-            suspect.shard(part, tp_rank=other if moved else None)
-            for part, moved in zip(suspect.rule.inputs, is_kv, strict=True)
-        ]
+    for other in range(suspect.tp_size):
+
+        def shard(part: Input, expert: int, other: int = other) -> View:
+            moved = ".attention.key." in part.logical or ".attention.value." in part.logical
+            return suspect.shard(part, expert, tp_rank=other if moved else None)
+
         mistake = f"its key/value heads are in the wrong order: they are those of tp rank {other}"
-        yield from _guess(mistake, suspect.holding(shards))
+        yield from _guess(mistake, suspect.made_of(shard))
 
 
 def other_rank(suspect: Suspect) -> Iterator[Guess]:
     """The shard of another tp rank."""
-    for other in range(suspect.tp.size):
-        shards = [suspect.shard(part, tp_rank=other) for part in suspect.rule.inputs]
-        yield from _guess(f"it holds the shard of tp rank {other}", suspect.holding(shards))
+    for other in range(suspect.tp_size):
+        experts = suspect.experts_of(suspect.rank - suspect.tp_rank() + other)
+        shard = partial(suspect.shard, tp_rank=other)
+        yield from _guess(f"it holds the shard of tp rank {other}", suspect.made_of(shard, experts=experts))
+
+
+def other_expert(suspect: Suspect) -> Iterator[Guess]:
+    """Another expert of the layer, or two of the stacked experts in each other's place."""
+    if not suspect.rule.over_experts:
+        others = range(suspect.inverse.config.num_experts) if suspect.place.expert >= 0 else ()
+        for expert in others:
+            yield from _guess(f"it holds expert {expert}", suspect.made_of(experts=(expert,)))
+        return
+    for first, second in combinations(suspect.differing_experts[:MOST_EXPERTS], 2):
+        swapped = {first: second, second: first}
+        experts = [swapped.get(expert, expert) for expert in suspect.experts_of(suspect.rank)]
+        yield from _guess(f"experts {first} and {second} are swapped", suspect.made_of(experts=experts))
 
 
 def other_layer(suspect: Suspect) -> Iterator[Guess]:
     """The tensor of another layer; the nearest first."""
-    if suspect.layer < 0:
-        return
-    for layer in sorted(range(suspect.inverse.config.num_layers), key=lambda n: abs(n - suspect.layer)):
-        shards = [suspect.shard(part, layer=layer) for part in suspect.rule.inputs]
-        yield from _guess(f"it holds the tensor of layer {layer}", suspect.holding(shards))
+    layer = suspect.place.layer
+    for other in sorted(range(suspect.inverse.config.num_layers), key=lambda n: abs(n - layer)) if layer >= 0 else ():
+        shard = partial(suspect.shard, layer=other)
+        yield from _guess(f"it holds the tensor of layer {other}", suspect.made_of(shard))
 
 
 def other_tensor(suspect: Suspect) -> Iterator[Guess]:
     """What belongs into another tensor of the same layer, or of the ends."""
     for rule in suspect.inverse.output.plan.planner.rules:
         in_layer = rule.scope is Scope.LAYER
-        if rule is suspect.rule or in_layer != (suspect.layer >= 0) or not rule.when(suspect.inverse.config):
+        if rule is suspect.rule or in_layer != (suspect.place.layer >= 0) or not rule.when(suspect.inverse.config):
             continue
-        names = " and ".join(part.logical.replace("{layer}", str(suspect.layer)) for part in rule.inputs)
-        planned = suspect.holding([suspect.shard(part) for part in rule.inputs])
+        if rule.over_experts != suspect.rule.over_experts:
+            continue
+        names = " and ".join(suspect.place.fill(part.logical) for part in rule.inputs)
+        planned = suspect.made_of(inputs=rule.inputs)
         yield from _guess(f"it holds {names}", planned and replace(planned, values=_values(suspect, rule.values, rule)))
 
 
 def _values(suspect: Suspect, values: ValueOps, rule: TargetRule) -> tuple[ValueOp, ...]:
-    tensor = suspect.inverse.logical.find(rule.inputs[0].logical, layer=suspect.layer)
+    tensor = suspect.inverse.logical.find(
+        rule.inputs[0].logical, layer=suspect.place.layer, expert=suspect.experts_of(suspect.rank)[0]
+    )
     return (*(tensor.values if tensor else ()), *values(suspect.inverse.config))
 
 
@@ -261,6 +303,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     permuted_rotary,
     wrong_key_value_heads,
     other_rank,
+    other_expert,
     other_layer,
     other_tensor,
 )

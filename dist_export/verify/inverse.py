@@ -29,16 +29,31 @@ PADDING = "padding rows of the vocabulary"
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Global numbers of a layer and of an expert in it, -1 where there is none."""
+
+    layer: int = -1
+    expert: int = -1
+
+    def fill(self, name: str) -> str:
+        """A name with its holes filled."""
+        return name.replace("{layer}", str(self.layer)).replace("{expert}", str(self.expert))
+
+    def __str__(self) -> str:
+        layer = f"layer {self.layer}" if self.layer >= 0 else ""
+        return f"{layer}, expert {self.expert}" if self.expert >= 0 else layer
+
+
+@dataclass(frozen=True, slots=True)
 class SourceOrigin:
-    """One Megatron tensor, or one layer of it, and the rule that takes it apart."""
+    """One Megatron tensor, or one layer or expert of it, and the rule that takes it apart."""
 
     rule: SourceRule
-    layer: int
-    """Global layer number, -1 outside the layers."""
+    place: Place
     tensor: SourceTensor
 
     def __str__(self) -> str:
-        return f"{self.tensor.slab}" + (f" (layer {self.layer})" if self.layer >= 0 else "")
+        return f"{self.tensor.slab}" + (f" ({self.place})" if self.place.layer >= 0 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +91,11 @@ class InverseRules:
             if not rule.when(self.config):
                 continue
             layers = range(self.config.num_layers) if "{layer}" in rule.source else (-1,)
-            for layer in layers:
-                tensor = self.catalog.find(rule.source, layer=layer)
+            experts = range(self.config.num_experts) if "{expert}" in rule.source else (-1,)
+            for place in (Place(layer, expert) for layer in layers for expert in experts):
+                tensor = self.catalog.find(rule.source, layer=place.layer, expert=place.expert)
                 if tensor is not None:
-                    yield SourceOrigin(rule, layer, tensor)
+                    yield SourceOrigin(rule, place, tensor)
 
     def rebuild(self, origin: SourceOrigin) -> RebuiltSource:
         """The source of `origin` as uses of the output; `ExportError` when some part of it is nowhere."""
@@ -99,9 +115,10 @@ class InverseRules:
         return RebuiltSource(origin, work, left_out)
 
     def _use(self, piece: Piece, slab: Slab, shape: Shape) -> Use:
-        output = self.output.of_slab(slab)
+        output, prefix = self.output.of_slab(slab)
         inside = output.planned.view.shape
-        row, _, column, _ = flat_rectangle(Box(piece.source_start, piece.box.size[-len(inside) :]), inside)
+        size = (*(1 for _ in prefix), *piece.box.size[len(piece.box.size) - len(piece.source_start) :])
+        row, _, column, _ = flat_rectangle(Box((*prefix, *piece.source_start), size), inside)
         return Use(flat_rectangle(piece.box, shape), output, row, column)
 
     def _rebuilt_views(self, origin: SourceOrigin) -> list[View]:
@@ -110,7 +127,7 @@ class InverseRules:
         split = rule.op.split(View.of(origin.tensor.slab, origin.tensor.shape), config)
         copies: dict[View, list[View]] = defaultdict(list)  # parts with equal contents stand in for one another
         for part, name in zip(split, rule.logical, strict=True):
-            copies[part] += self._restored(name, origin.layer, part.shape)
+            copies[part] += self._restored(name, origin.place, part.shape)
         for part, name in zip(split, rule.logical, strict=True):
             if not copies[part]:
                 raise ExportError(f"{origin}: its part {name} is in no target tensor")
@@ -119,26 +136,37 @@ class InverseRules:
             rule.op.join([copies[part][k % len(copies[part])] for part in split], config) for k in range(rounds)
         ]
 
-    def _restored(self, logical: str, layer: int, shape: Shape) -> list[View]:
+    def _restored(self, logical: str, place: Place, shape: Shape) -> list[View]:
         """A logical tensor of `shape` from the target tensors that hold it, once per copy."""
         views: list[View] = []
         for rule, number in self._consumers[logical]:
-            for stage in self._stages(rule, layer):
-                ranks = range(stage * self.layout.tp_size, (stage + 1) * self.layout.tp_size)
-                shards = [self._input_view(rule, number, layer, rank) for rank in ranks]
+            for stage in self._stages(rule, place.layer):
+                holders = self._holders(rule, stage, place.expert)
+                shards = [self._input_view(rule, number, place, rank) for rank, _ in holders]
                 shard = rule.inputs[number].shard
-                views += [shard.restore(chosen, self.config) for chosen in self._copies(shard, shards, shape)]
+                chosen = self._copies(shard, shards, [tp for _, tp in holders], shape)
+                views += [shard.restore(each, self.config) for each in chosen]
         return views
 
-    def _copies(self, shard: ShardOp, shards: Sequence[View], shape: Shape) -> Iterator[list[View]]:
+    def _holders(self, rule: TargetRule, stage: int, expert: int) -> list[tuple[int, TensorParallel]]:
+        """The target ranks of a stage that hold a rule's tensor (of an expert), in order of their tp positions."""
+        ranks = range(stage * self.layout.tp_size, (stage + 1) * self.layout.tp_size)
+        if not rule.over_experts:
+            return [(rank, self.layout.tensor_parallel(rank)) for rank in ranks]
+        held = [rank for rank in ranks if expert in self.layout.experts(rank, self.config.num_experts)]
+        positions = [(rank, self.layout.expert_tensor_parallel(rank)) for rank in held]
+        return sorted(positions, key=lambda each: each[1].rank)
+
+    def _copies(
+        self, shard: ShardOp, shards: Sequence[View], positions: Sequence[TensorParallel], shape: Shape
+    ) -> Iterator[list[View]]:
         """Shards of all tp ranks, with each copy in turn where ranks hold the same part."""
-        size = len(shards)
         whole = View.of(Slab("logical"), shape)
-        held = [shard.take(whole, TensorParallel(rank, size), self.config) for rank in range(size)]
+        held = [shard.take(whole, tp, self.config) for tp in positions]
         holders: dict[View, list[View]] = defaultdict(list)
         for part, view in zip(held, shards, strict=True):
             holders[part].append(view)
-        for k in range(max(len(each) for each in holders.values())):
+        for k in range(max(map(len, holders.values()), default=0)):
             yield [holders[part][k % len(holders[part])] for part in held]
 
     def _stages(self, rule: TargetRule, layer: int) -> list[int]:
@@ -149,50 +177,57 @@ class InverseRules:
             return [self.layout.pp_size - 1]
         return [s for s in range(self.layout.pp_size) if layer in self.layout.layers(s * self.layout.tp_size)]
 
-    def target_name(self, rule: TargetRule, layer: int, rank: int) -> str:
+    def target_name(self, rule: TargetRule, place: Place, rank: int) -> str:
         """What `rank` calls the tensor of a rule: layers are numbered from 0 in every stage."""
-        return rule.target.replace("{layer}", str(layer - self.layout.layers(rank).start))
+        return Place(place.layer - self.layout.layers(rank).start, place.expert).fill(rule.target)
 
-    def _input_view(self, rule: TargetRule, number: int, layer: int, rank: int) -> View:
+    def _input_view(self, rule: TargetRule, number: int, place: Place, rank: int) -> View:
         """The rows of a rank's target tensor that one input of its rule fills."""
-        name = self.target_name(rule, layer, rank)
+        name = self.target_name(rule, place, rank)
         output = self.output.find(rank, name)
         if output is None:
             raise ExportError(f"target rank {rank} has no tensor {name}")
-        rows = [shape[0] for shape in self.input_shapes(rule, layer, rank)]
-        return self.output.view(output).narrow(0, sum(rows[:number]), rows[number])
-
-    def input_shapes(self, rule: TargetRule, layer: int, rank: int) -> list[Shape]:
-        """Shapes of a rank's shards of the inputs of a rule."""
+        prefix: Shape = ()
         tp = self.layout.tensor_parallel(rank)
-        return [
-            part.shard.take(View.zeros(self.logical_shape(part, layer)), tp, self.config).shape for part in rule.inputs
-        ]
+        if rule.over_experts:
+            experts = self.layout.experts(rank, self.config.num_experts)
+            prefix, tp = (experts.index(place.expert),), self.layout.expert_tensor_parallel(rank)
+        whole = [View.zeros(self.logical_shape(part, place)) for part in rule.inputs]
+        shards = [part.shard.take(view, tp, self.config) for part, view in zip(rule.inputs, whole, strict=True)]
+        rows = [view.shape[0] for view in shards]
+        return self.output.view(output, *prefix).narrow(0, sum(rows[:number]), rows[number])
 
-    def logical_shape(self, part: Input, layer: int) -> Shape:
+    def logical_shape(self, part: Input, place: Place) -> Shape:
         """The whole shape of an input; that of the zeros which stand in for it where the source has none."""
-        tensor = self.logical.find(part.logical, layer=layer)
+        tensor = self.logical.find(part.logical, layer=place.layer, expert=place.expert)
         if tensor is not None:
             return tensor.view.shape
-        like = self.logical.find(part.zeros_for, layer=layer) if part.zeros_for else None
+        like = (
+            self.logical.find(part.zeros_for, layer=place.layer, expert=place.expert) if part.zeros_for else None
+        )
         if like is None:
-            raise ExportError(f"the checkpoint has no {part.logical}" + (f" of layer {layer}" if layer >= 0 else ""))
+            raise ExportError(f"the checkpoint has no {place.fill(part.logical)}")
         return like.view.shape[:1]
 
-    def rule_of(self, output: OutputTensor) -> tuple[TargetRule, int, int] | None:
-        """(rule, global layer, target rank) that make a target tensor; None when no rule does."""
+    def rule_of(self, output: OutputTensor) -> tuple[TargetRule, Place, int] | None:
+        """(rule, place, target rank) that make a target tensor; None when no rule does."""
         for rank in range(self.layout.world_size):
             if self.output.find(rank, output.planned.name) is not output:
                 continue
-            stage, layers = self.layout.pp_rank(rank), self.layout.layers(rank)
+            stage = self.layout.pp_rank(rank)
             for rule in self.output.plan.planner.rules:
                 if not rule.when(self.config):
                     continue
-                for layer in layers if rule.scope is Scope.LAYER else (-1,):
-                    holds = stage in self._stages(rule, layer)
-                    if holds and self.target_name(rule, layer, rank) == output.planned.name:
-                        return rule, layer, rank
+                for place in self._places(rule, rank):
+                    holds = stage in self._stages(rule, place.layer)
+                    if holds and self.target_name(rule, place, rank) == output.planned.name:
+                        return rule, place, rank
         return None
+
+    def _places(self, rule: TargetRule, rank: int) -> Iterator[Place]:
+        layers = self.layout.layers(rank) if rule.scope is Scope.LAYER else (-1,)
+        experts = range(self.config.num_experts) if "{expert}" in rule.target else (-1,)
+        return (Place(layer, expert) for layer in layers for expert in experts)
 
     def logical_position(self, origin: SourceOrigin, row: int, column: int) -> str:
         """An element of a source tensor in terms of the model: ``layers.3.attention.key.weight[17, 5]``."""
@@ -204,29 +239,37 @@ class InverseRules:
                 inner = [p - s for p, s in zip(position, piece.source_start, strict=True)]
                 if all(0 <= i < n for i, n in zip(inner, piece.box.size, strict=True)):
                     index = [i + s for i, s in zip(inner, piece.box.start, strict=True)]
-                    return f"{name.replace('{layer}', str(origin.layer))}{index}"
+                    return f"{origin.place.fill(name)}{index}"
         return f"{origin.tensor.slab}{list(position)}"
 
 
-def _without_repeats(uses: Iterable[Use]) -> Iterator[Use]:
+def _without_repeats(uses: Iterable[Use]) -> list[Use]:
     """The same comparisons, each once: the ways to rebuild a source share what has no copies.
 
     Neighbouring pieces may be joined in one way and apart in another, so equal places are told by where they lie in
-    the output relative to the source.
+    the output relative to the source, and joined along rows and then (for one-dimensional tensors) along columns.
     """
-    places: dict[tuple[int, int, int, int, int, int], list[Use]] = defaultdict(list)
+    return _joined(_joined(uses, 0), 2)
+
+
+def _joined(uses: Iterable[Use], first: int) -> list[Use]:
+    """Uses that differ in two edges of their source alone (`first` and the next) and touch or overlap, made one."""
+    same: dict[tuple[object, ...], list[Use]] = defaultdict(list)
     for use in uses:
-        top, _, left, right = use.source
-        shift = (use.row - top, use.column - left)
-        places[(use.output.file, use.output.index, *shift, left, right)].append(use)
-    for same in places.values():
-        same.sort(key=lambda use: use.source[:2])
-        joined = same[0]
-        for use in same[1:]:
-            if use.source[0] <= joined.source[1]:
-                top, bottom, left, right = joined.source
-                joined = replace(joined, source=(top, max(bottom, use.source[1]), left, right))
-            else:
-                yield joined
-                joined = use
-        yield joined
+        shift = (use.row - use.source[0], use.column - use.source[2])
+        other = use.source[2:] if first == 0 else use.source[:2]
+        same[use.output.file, use.output.index, shift, other].append(use)
+    result: list[Use] = []
+    for group in same.values():
+        group.sort(key=lambda use: use.source[first : first + 2])
+        result.append(group[0])
+        for use in group[1:]:
+            end = result[-1].source[first + 1]
+            if use.source[first] > end:
+                result.append(use)
+                continue
+            edges = list(result[-1].source)
+            edges[first + 1] = max(end, use.source[first + 1])
+            top, bottom, left, right = edges
+            result[-1] = replace(result[-1], source=(top, bottom, left, right))
+    return result

@@ -18,6 +18,7 @@ from dist_export.errors import ExportError
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import OutputTensor
+from dist_export.tensors.boxes import Shape
 from dist_export.tensors.views import Slab, View
 
 Block = npt.NDArray[Any]
@@ -52,14 +53,17 @@ class PlannedOutput:
         return f"{self.file_names[key[0]]}: {self.tensors[key].planned.name}"
 
     @staticmethod
-    def view(tensor: OutputTensor) -> View:
-        """All of a target tensor, in the orientation of the rules (before a transposition)."""
-        return View.of(Slab("", (tensor.file, tensor.index)), tensor.planned.view.shape)
+    def view(tensor: OutputTensor, *prefix: int) -> View:
+        """All of a target tensor, or of its part at leading indices `prefix` (one of its stacked experts).
 
-    def of_slab(self, slab: Slab) -> OutputTensor:
-        """The tensor behind a slab of `view`."""
-        file, index = slab.prefix
-        return self.tensors[file, index]
+        In the orientation of the rules, before a transposition.
+        """
+        return View.of(Slab("", (tensor.file, tensor.index, *prefix)), tensor.planned.view.shape[len(prefix) :])
+
+    def of_slab(self, slab: Slab) -> tuple[OutputTensor, Shape]:
+        """The tensor behind a slab of `view`, and its leading indices."""
+        file, index, *prefix = slab.prefix
+        return self.tensors[file, index], tuple(prefix)
 
 
 @dataclass(frozen=True, slots=True)

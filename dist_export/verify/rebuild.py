@@ -211,16 +211,20 @@ class Rebuild:
         origins = {origin.tensor.slab: origin for origin in self.inverse.origins()} if by_tensor else {}
         findings = []
         for number, (key, differences) in enumerate(sorted(by_tensor.items())):
-            mistake = self._mistake(key, differences) if number < MOST_EXPLAINED else ""
+            mistake = self._mistake(key, differences, origins) if number < MOST_EXPLAINED else ""
             findings.append(Finding(REBUILD, self.inverse.output.where(key), self._text(differences, origins, mistake)))
         return findings
 
-    def _mistake(self, key: TensorId, differences: Sequence[Difference]) -> str:
+    def _mistake(
+        self, key: TensorId, differences: Sequence[Difference], origins: Mapping[Slab, SourceOrigin]
+    ) -> str:
         output = self.inverse.output.tensors[key]
         made_by = self.inverse.rule_of(output)
         if made_by is None:
             return ""
-        return explain(Suspect(self.inverse, output, *made_by, tuple(differences)), self.sources, self.reader)
+        experts = {origins[each.slab].place.expert for each in differences if each.slab in origins}
+        suspect = Suspect(self.inverse, output, *made_by, tuple(differences), tuple(sorted(experts)))
+        return explain(suspect, self.sources, self.reader)
 
     def _text(self, differences: Sequence[Difference], origins: Mapping[Slab, SourceOrigin], mistake: str) -> str:
         first = min(differences, key=lambda each: (each.slab == ZEROS, each.target))

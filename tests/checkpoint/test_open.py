@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.small_models import LLAMA, small_model  # noqa: E402
-from support.torch_dist import write_torch_dist  # noqa: E402
+from support.small_models import LLAMA, small_model
+from support.torch_dist import write_torch_dist
 
-from dist_export.checkpoint.open import find_iteration, open_checkpoint  # noqa: E402
-from dist_export.errors import ExportError  # noqa: E402
+from dist_export.checkpoint.open import find_iteration, open_checkpoint
+from dist_export.errors import ExportError
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_tracker_says_which_is_whole(save: Path) -> None:
 
 def test_a_release_checkpoint(save: Path) -> None:
     (save / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(ExportError, match="release: no such folder; .* holds iter_0000010, iter_0000020, iter_0000030"):
+    with pytest.raises(ExportError, match=r"release: no such folder; .* holds iter_0000010, .*iter_0000030"):
         find_iteration(save)
     (save / "release").mkdir()
     assert find_iteration(save) == save / "release"
@@ -46,7 +46,7 @@ def test_a_tracker_with_something_else(save: Path, text: str) -> None:
 
 
 def test_iterations_that_are_not_there(save: Path) -> None:
-    with pytest.raises(ExportError, match="iter_0000040: no such folder; .* holds iter_0000010, iter_0000020"):
+    with pytest.raises(ExportError, match=r"iter_0000040: no such folder; .* holds iter_0000010, iter_0000020"):
         find_iteration(save, iteration=40)
     with pytest.raises(ExportError, match="no such file or folder"):
         find_iteration(save / "other")

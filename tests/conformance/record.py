@@ -10,7 +10,7 @@ with the dtype as safetensors spells it, the shape as a list and the SHA-256 of 
 those of launch/make_checkpoint.py that make the checkpoint of the same weights (at any tp and pp); they are left out
 for the checkpoints kept in checkpoints/. Rotary tables are left out: TensorRT-LLM computes them itself.
 
-Layouts with fewer key/value heads than tp ranks (llama.json, llama_kv2.json and mixtral.json at tp4) have their attention.qkv.weight
+Layouts with fewer key/value heads than tp ranks (llama, llama_kv2 and mixtral at tp4) have their attention.qkv.weight
 from the converter's path for a model in memory (TRTLLM_DISABLE_UNIFIED_CONVERTER=1 and a transformers model given to
 `from_hugging_face`), which repeats key/value heads with `dup_kv_weight` as the attention layer needs them. The same
 release's default path slices the rows by tp instead and pads the half heads with zeros (model_weights_loader.py warns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import zlib
 
@@ -23,7 +24,7 @@ def run_of(data: bytes, start: int, end: int) -> Run:
 def test_the_order_of_runs_does_not_matter(data: st.DataObject) -> None:
     whole = data.draw(st.binary(min_size=1, max_size=300))
     cuts = sorted({0, len(whole), *data.draw(st.lists(st.integers(0, len(whole)), max_size=8))})
-    runs = [run_of(whole, a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    runs = [run_of(whole, a, b) for a, b in itertools.pairwise(cuts)]
     shuffled = data.draw(st.permutations(runs))
     split = data.draw(st.integers(0, len(runs)))
     faults = Faults("export")

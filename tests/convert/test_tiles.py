@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,8 +26,8 @@ def use(top: int, bottom: int, left: int, right: int) -> Use:
 
 def chunk_grid(row_cuts: list[int], column_cuts: list[int], *, transposed: bool = False) -> list[SourceRectangle]:
     rectangles = []
-    for top, bottom in zip(row_cuts[:-1], row_cuts[1:], strict=True):
-        for left, right in zip(column_cuts[:-1], column_cuts[1:], strict=True):
+    for top, bottom in itertools.pairwise(row_cuts):
+        for left, right in itertools.pairwise(column_cuts):
             strides = (2, (bottom - top) * 2) if transposed else ((right - left) * 2, 2)
             rectangles.append(SourceRectangle(len(rectangles), (top, bottom), (left, right), 0, *strides))
     return rectangles
@@ -35,9 +37,9 @@ def cuts(size: int) -> st.SearchStrategy[list[int]]:
     return st.sets(st.integers(1, size - 1), max_size=3).map(lambda inner: sorted({0, size} | inner))
 
 
-SPAN = st.tuples(st.integers(0, ROWS - 1), st.integers(1, ROWS), st.integers(0, WIDTH - 1), st.integers(1, WIDTH)).filter(
-    lambda s: s[0] < s[1] and s[2] < s[3]
-)
+SPAN = st.tuples(
+    st.integers(0, ROWS - 1), st.integers(1, ROWS), st.integers(0, WIDTH - 1), st.integers(1, WIDTH)
+).filter(lambda s: s[0] < s[1] and s[2] < s[3])
 
 
 @settings(max_examples=150, deadline=None)

@@ -45,7 +45,8 @@ def test_the_same_bytes_as_without_a_launcher(num_processes: int, save: Path, tm
     assert sorted(path.name for path in (tmp_path / "launched").iterdir()) == sorted([*names, "export_manifest.json"])
     for name in names:
         assert (tmp_path / "launched" / name).read_bytes() == (alone / name).read_bytes()
-    files = [json.loads((folder / "export_manifest.json").read_text())["files"] for folder in (alone, tmp_path / "launched")]
+    manifests = [folder / "export_manifest.json" for folder in (alone, tmp_path / "launched")]
+    files = [json.loads(manifest.read_text())["files"] for manifest in manifests]
     assert files[0] == files[1]
     assert process.stdout.count("exported nemotron") == 1
     assert "Warning" not in process.stderr, process.stderr

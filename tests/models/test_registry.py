@@ -36,9 +36,9 @@ def test_the_most_particular_family_that_fits(fields: dict[str, Any], family: st
 
 def test_a_named_family_must_fit() -> None:
     assert choose_family(model_config(**NEMOTRON), "gpt").name == "gpt"
-    with pytest.raises(ExportError, match="not nemotron: .*norms are not zero-centred; the activation is silu"):
+    with pytest.raises(ExportError, match=r"not nemotron: .*norms are not zero-centred; the activation is silu"):
         choose_family(model_config(), "nemotron")
-    with pytest.raises(ExportError, match="--family t5: unknown; known: nemotron, llama, gpt"):
+    with pytest.raises(ExportError, match=r"--family t5: unknown; known: nemotron, .*llama, gpt"):
         choose_family(model_config(), "t5")
 
 

@@ -9,14 +9,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.plans import plan_of  # noqa: E402
-from support.small_models import GPT, LLAMA, NEMOTRON, small_model  # noqa: E402
+from support.plans import plan_of
+from support.small_models import GPT, LLAMA, NEMOTRON, small_model
 
-from dist_export.errors import ExportError, Faults  # noqa: E402
-from dist_export.plan.export import ExportPlan, validate  # noqa: E402
-from dist_export.plan.shard import PlannedTensor, ShardPlan  # noqa: E402
-from dist_export.tensors.boxes import Box  # noqa: E402
-from dist_export.tensors.views import Piece, View  # noqa: E402
+from dist_export.errors import ExportError, Faults
+from dist_export.plan.export import ExportPlan, validate
+from dist_export.plan.shard import PlannedTensor, ShardPlan
+from dist_export.tensors.boxes import Box
+from dist_export.tensors.views import Piece, View
 
 FC = "transformer.layers.0.mlp.fc.weight"
 GATE = "transformer.layers.0.mlp.gate.weight"
@@ -106,5 +106,5 @@ def test_tensors_without_a_rule_and_rows_beyond_the_padding() -> None:
 
     model = small_model(LLAMA)
     model.tensors["decoder.adapter.weight"] = torch.zeros(4, 4)
-    with pytest.raises(ExportError, match="no place for: unexpected tensor decoder.adapter.weight"):
+    with pytest.raises(ExportError, match=r"no place for: unexpected tensor decoder.adapter.weight"):
         validate(plan_of(model))

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from support.plans import plan_of  # noqa: E402
-from support.small_models import LLAMA, small_model  # noqa: E402
+from support.plans import plan_of
+from support.small_models import LLAMA, small_model
 
-from dist_export.errors import ExportError  # noqa: E402
-from dist_export.plan import placement as placement_module  # noqa: E402
-from dist_export.plan.placement import Placement, fills_of, make_placement, work_of  # noqa: E402
-from dist_export.plan.work import Fill, SlabUses, collect_uses  # noqa: E402
+from dist_export.errors import ExportError
+from dist_export.plan import placement as placement_module
+from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
+from dist_export.plan.work import Fill, SlabUses, collect_uses
 
 
 @cache

@@ -9,14 +9,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.plans import plan_of  # noqa: E402
-from support.small_models import GPT, LLAMA, SmallModel, small_model  # noqa: E402
+from support.plans import plan_of
+from support.small_models import GPT, LLAMA, SmallModel, small_model
 
-from dist_export.errors import ExportError  # noqa: E402
-from dist_export.models.value_ops import ValueOp  # noqa: E402
-from dist_export.plan.shard import PlannedTensor, place  # noqa: E402
-from dist_export.tensors.dtypes import BFLOAT16, FLOAT32  # noqa: E402
-from dist_export.tensors.views import View  # noqa: E402
+from dist_export.errors import ExportError
+from dist_export.models.value_ops import ValueOp
+from dist_export.plan.shard import PlannedTensor, place
+from dist_export.tensors.dtypes import BFLOAT16, FLOAT32
+from dist_export.tensors.views import View
 
 TINY: dict[str, Any] = {
     "hidden_size": 4, "ffn_hidden_size": 6, "num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 2,
@@ -107,7 +107,8 @@ def test_steps_are_planned_per_tensor() -> None:
 def test_parts_of_one_tensor_must_have_one_element_type() -> None:
     model = small_model({**GPT, "swiglu": True}, **TINY)
     fc1 = model.tensors.pop("decoder.layers.mlp.linear_fc1.weight")
-    model.tensors |= {f"decoder.layers.mlp.linear_fc1.weight_{h}": t for h, t in zip("wv", fc1.chunk(2, 1), strict=True)}
+    gate, up = fc1.chunk(2, 1)
+    model.tensors |= {"decoder.layers.mlp.linear_fc1.weight_w": gate, "decoder.layers.mlp.linear_fc1.weight_v": up}
     plan_of(model).shards()
     split = SmallModel(model.args, dict(model.tensors))
     split.tensors["decoder.layers.mlp.linear_fc1.weight_v"] = fc1.chunk(2, 1)[1].float()

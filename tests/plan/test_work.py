@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from support.plans import plan_of  # noqa: E402
-from support.small_models import LLAMA, small_model  # noqa: E402
+from support.plans import plan_of
+from support.small_models import LLAMA, small_model
 
-from dist_export.plan.work import _union_area, collect_uses, flat_rectangle, flat_shape  # noqa: E402
-from dist_export.tensors.boxes import Box  # noqa: E402
+from dist_export.plan.work import _union_area, collect_uses, flat_rectangle, flat_shape
+from dist_export.tensors.boxes import Box
 
 RECTANGLE = st.tuples(*[st.integers(0, 6)] * 4).map(
     lambda r: (min(r[:2]), max(r[:2]) + 1, min(r[2:]), max(r[2:]) + 1)

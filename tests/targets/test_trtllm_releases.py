@@ -89,7 +89,7 @@ def test_releases_as_people_write_them(text: str, release: str) -> None:
 
 @pytest.mark.parametrize("text", ["1.3.0rc1", "0.11", "2", "", "latest", "0.1.4"])
 def test_what_is_no_release(text: str) -> None:
-    with pytest.raises(ExportError, match="not a TensorRT-LLM release with an engine builder; known: 0.12, .*1.2"):
+    with pytest.raises(ExportError, match=r"not a TensorRT-LLM release with an engine builder; known: 0.12, .*1.2"):
         parse_release(text)
 
 

@@ -221,7 +221,8 @@ def test_gate_and_up_under_two_keys_and_keys_per_layer_give_the_same_export(tmp_
         gate, up = tensors.pop(f"decoder.layers.{layer}.mlp.linear_fc1.weight").chunk(2)
         tensors |= {f"decoder.layers.{layer}.mlp.linear_fc1.weight_w": gate.clone()}
         tensors |= {f"decoder.layers.{layer}.mlp.linear_fc1.weight_v": up.clone()}
-    renamed = {name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm."): t for name, t in tensors.items()}
+    fused, local = "self_attention.linear_qkv.layer_norm_", "input_layernorm."
+    renamed = {name.replace(fused, local): tensor for name, tensor in tensors.items()}
     checkpoint = write_torch_dist(
         tmp_path / "apart", renamed, args=model.args, common="record", prefix="model.module.",
         extra_objects={"decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1": torch.zeros(3)},

@@ -67,10 +67,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["checksums: rank2.safetensors: is not part of this export, left by an earlier export; a loader may take it: "
          "remove it"],
     ),
-    "a file cut short": (truncate, ["checksums: rank1.safetensors: has 7", "it was cut short"]),
+    "a file cut short": (truncate, ["checksums: rank1.safetensors: has ", "it was cut short"]),
     "bytes appended": (
         lambda output: (output / "rank1.safetensors").open("ab").write(b"x"),
-        ["checksums: rank1.safetensors: has 7", "it was appended to"],
+        ["checksums: rank1.safetensors: has ", "it was appended to"],
     ),
     "a missing file": (
         lambda output: (output / "rank1.safetensors").unlink(),
@@ -203,7 +203,8 @@ def test_the_checkpoint_of_another_training_is_noticed(checkpoint: Path, output:
     report = verify(other, output)
     assert {fault.level for fault in report.faults} == {"rebuild"}
     deeper = save(tmp_path / "deeper", small_model(LLAMA, num_layers=3))
-    assert messages(verify(deeper, output))[0].startswith("plan: export_manifest.json: the export was made by another plan")
+    first = messages(verify(deeper, output))[0]
+    assert first.startswith("plan: export_manifest.json: the export was made by another plan")
 
 
 def test_a_later_iteration_does_not_replace_the_recorded_one(tmp_path: Path) -> None:
@@ -225,9 +226,10 @@ def test_what_cannot_be_verified_is_refused(checkpoint: Path, output: Path, tmp_
         VerifyOptions(levels=("everything",))
     with pytest.raises(ExportError, match="no such folder"):
         find_exports(tmp_path / "nowhere")
-    with pytest.raises(ExportError, match="has no export_manifest.json; it is not an export, or an unfinished one"):
+    with pytest.raises(ExportError, match=r"has no export_manifest.json; it is not an export, or an unfinished one"):
         find_exports(checkpoint)
-    for text, message in (("{", "cannot be read: Expecting"), ("[]", "is no export manifest"), ("{}", "files is missing")):
+    broken = {"{": "cannot be read: Expecting", "[]": "is no export manifest", "{}": "files is missing"}
+    for text, message in broken.items():
         (output / "export_manifest.json").write_text(text)
         with pytest.raises(ExportError, match=message):
             verify(checkpoint, output)

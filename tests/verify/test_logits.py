@@ -33,7 +33,8 @@ CHECKPOINTS = {
 TP1, TP2, TP2PP2, TP4 = (("--tp", 1), ("--tp", 2), ("--tp", 2, "--pp", 2), ("--tp", 4))
 HF = ("--target", "hf")
 
-Checkpoints = Callable[..., Path]
+Finished = Callable[..., tuple[Path, Path]]
+"""Of conftest.py: options of a checkpoint and of an export -> both folders."""
 
 
 def check_equal(report: LogitsReport) -> None:
@@ -46,13 +47,10 @@ def check_equal(report: LogitsReport) -> None:
 
 @pytest.mark.parametrize("target", [TP1, TP2, TP2PP2, TP4, HF], ids=lambda target: "".join(map(str, target)))
 @pytest.mark.parametrize("style", CHECKPOINTS)
-def test_an_export_computes_the_checkpoints_model(
-    style: str, target: tuple[object, ...], megatron_checkpoint: Checkpoints, tmp_path: Path
-) -> None:
+def test_an_export_computes_the_checkpoints_model(style: str, target: tuple[object, ...], finished: Finished) -> None:
     if target == HF:
         pytest.importorskip("transformers")
-    checkpoint = megatron_checkpoint(**CHECKPOINTS[style])
-    report = verify_logits(checkpoint, export(checkpoint, tmp_path / "out", *target))
+    report = verify_logits(*finished(CHECKPOINTS[style], *target))
     check_equal(report)
     assert report.difference.num_tokens == 64
     assert {state.point for state in report.states} >= {Point(LAYER_OUTPUT, layer) for layer in range(4)}
@@ -74,9 +72,7 @@ VARIANTS = {
 def test_variants_of_the_families(variant: str, tmp_path: Path) -> None:
     style, args, overrides = VARIANTS[variant]
     model = small_model(style, scale=0.15, **args)
-    checkpoint = write_torch_dist(
-        tmp_path / "checkpoint", model.tensors, args=model.args, chunks=megatron_chunks(tp=2)
-    )
+    checkpoint = write_torch_dist(tmp_path / "checkpoint", model.tensors, args=model.args, chunks=megatron_chunks(tp=2))
     settings = [word for field, text in overrides.items() for word in ("--set", f"{field}={text}")]
     output = export(checkpoint, tmp_path / "out", "--tp", 2, *settings)
     given = {field: (parse_override(field, text), "the test") for field, text in overrides.items()}
@@ -88,11 +84,8 @@ def test_variants_of_the_families(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [(), ("--no-parallel-embedding",), ("--embedding-sharding-dim", 1)], ids=["rows", "whole", "columns"]
 )
-def test_embeddings_however_they_are_divided(
-    options: tuple[object, ...], megatron_checkpoint: Checkpoints, tmp_path: Path
-) -> None:
-    checkpoint = megatron_checkpoint(**CHECKPOINTS["gpt"])
-    check_equal(verify_logits(checkpoint, export(checkpoint, tmp_path / "out", "--tp", 2, *options)))
+def test_embeddings_however_they_are_divided(options: tuple[object, ...], finished: Finished) -> None:
+    check_equal(verify_logits(*finished(CHECKPOINTS["gpt"], "--tp", 2, *options)))
 
 
 def test_per_layer_keys(tmp_path: Path) -> None:
@@ -116,9 +109,8 @@ def test_what_rounding_costs_is_told_apart_from_what_rules_do(target: tuple[obje
     assert "from the model as trained: largest" in str(report)
 
 
-def test_given_tokens_are_the_ones_that_are_run(megatron_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    checkpoint = megatron_checkpoint(**CHECKPOINTS["llama"])
-    output = export(checkpoint, tmp_path / "out")
+def test_given_tokens_are_the_ones_that_are_run(finished: Finished, tmp_path: Path) -> None:
+    checkpoint, output = finished(CHECKPOINTS["llama"], *TP1)
     (tmp_path / "tokens").write_text("3, 4 5\n\n249 0 1\n")
     tokens = read_tokens(tmp_path / "tokens")
     assert tokens == [[3, 4, 5], [249, 0, 1]]
@@ -135,9 +127,8 @@ def test_given_tokens_are_the_ones_that_are_run(megatron_checkpoint: Checkpoints
         read_tokens(tmp_path / "tokens")
 
 
-def test_the_process_is_left_as_it_was(megatron_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    checkpoint = megatron_checkpoint(**CHECKPOINTS["llama"])
-    output = export(checkpoint, tmp_path / "out")
+def test_the_process_is_left_as_it_was(finished: Finished, tmp_path: Path) -> None:
+    checkpoint, output = finished(CHECKPOINTS["llama"], *TP1)
     before = (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.Stream, torch.get_default_device())
     verify_logits(checkpoint, output, num_tokens=2)
     after = (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.Stream, torch.get_default_device())
@@ -145,8 +136,8 @@ def test_the_process_is_left_as_it_was(megatron_checkpoint: Checkpoints, tmp_pat
     assert not torch.distributed.is_initialized()
 
 
-def test_a_folder_that_is_no_export_is_refused(megatron_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    checkpoint = megatron_checkpoint(**CHECKPOINTS["llama"])
+def test_a_folder_that_is_no_export_is_refused(finished: Finished, tmp_path: Path) -> None:
+    checkpoint, _ = finished(CHECKPOINTS["llama"], *TP1)
     with pytest.raises(ExportError, match=r"config\.json: cannot be read"):
         verify_logits(checkpoint, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))

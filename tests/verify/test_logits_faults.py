@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from safetensors.torch import save_file  # noqa: E402
-from support.exports import config_of, export, tensors_of  # noqa: E402
+from support.exports import config_of, tensors_of  # noqa: E402
 
 from dist_export.verify.logits import verify_logits  # noqa: E402
 
@@ -31,22 +31,6 @@ HEAD, HEADS = 8, 8
 LLAMA = {"style": "llama", "tp": 2, "pp": 2}
 GPT = {"style": "gpt", "tp": 2}
 NEMOTRON = {"style": "nemotron", "tp": 2}
-
-
-@pytest.fixture(scope="session")
-def finished(
-    megatron_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Path, Path]]:
-    """`finished(LLAMA, "--tp", 2)` is a checkpoint and its export, made once and not to be changed."""
-    made: dict[str, Path] = {}
-
-    def get(checkpoint: dict[str, object], *options: object) -> tuple[Path, Path]:
-        source, key = megatron_checkpoint(**checkpoint), str((checkpoint, options))
-        if key not in made:
-            made[key] = export(source, tmp_path_factory.mktemp("exports") / "out", *options)
-        return source, made[key]
-
-    return get
 
 
 def rewrite(export_folder: Path, folder: Path, rule: Rule) -> Path:
@@ -174,9 +158,7 @@ FAULTS: dict[str, tuple[dict[str, object], tuple[object, ...], Rule, str]] = {
     "query heads in reverse": (
         NEMOTRON,
         TP2,
-        change_qkv(
-            lambda _, p: [p[0].reshape(4, HEAD, -1).flip(0).reshape(p[0].shape), *p[1:]], tp=2, groups=2
-        ),
+        change_qkv(lambda _, p: [p[0].reshape(4, HEAD, -1).flip(0).reshape(p[0].shape), *p[1:]], tp=2, groups=2),
         r"differ from layer 0, query \(.*\): the right values in another order: heads or rows are permuted",
     ),
     "key/value heads repeated in the wrong order": (

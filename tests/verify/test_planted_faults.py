@@ -336,3 +336,47 @@ def add_one(tensors: dict[str, np.ndarray]) -> None:
         if name.endswith("norm.weight"):
             plain = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
             values[:] = (plain + 1).view(torch.int16).numpy().view(np.uint16)
+
+
+MIXTRAL = Path(__file__).parents[1] / "conformance" / "checkpoints" / "mixtral_core_0_16_pp2ep2"
+STACKED = "transformer.layers.{}.mlp.proj.weight"
+
+
+def test_two_experts_swapped_where_they_are_stacked(tmp_path: Path) -> None:
+    output = export_to(MIXTRAL, tmp_path / "out", TrtllmOptions(tp_size=2))
+
+    def edit(files: Tensors) -> None:
+        stacked = files["rank1.safetensors"][STACKED.format(1)]
+        stacked[[1, 3]] = stacked[[3, 1]]
+
+    change(output, edit)
+    (fault,) = messages(verify(MIXTRAL, output))
+    assert f"rank1.safetensors: {STACKED.format(1)}: experts 1 and 3 are swapped; " in fault
+    assert re.search(r"fc2.weight\S* \(layer 1, expert 1\), the first at layers.1.experts.1.down.weight\[0, ", fault)
+
+
+def test_experts_of_another_rank_and_of_another_layer(tmp_path: Path) -> None:
+    output = export_to(MIXTRAL, tmp_path / "out", TrtllmOptions(tp_size=2, moe_ep_size=2))
+
+    def edit(files: Tensors) -> None:
+        first, second = files["rank0.safetensors"], files["rank1.safetensors"]
+        second[STACKED.format(0)] = first[STACKED.format(0)]
+        second[STACKED.format(2)] = second[STACKED.format(3)]
+
+    change(output, edit)
+    found = messages(verify(MIXTRAL, output))
+    assert [re.search(r"layers.*?; ", each)[0] for each in found] == [
+        "layers.0.mlp.proj.weight: it holds the shard of tp rank 0; ",
+        "layers.2.mlp.proj.weight: it holds the tensor of layer 3; ",
+    ]
+
+
+def test_two_experts_swapped_where_each_has_a_name(tmp_path: Path) -> None:
+    output = export_to(MIXTRAL, tmp_path / "out", HuggingFaceOptions())
+    name = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    change(output, swap(name.format(0), name.format(2)))
+    found = messages(verify(MIXTRAL, output))
+    assert [each.split("; ")[0] for each in found] == [
+        f"rebuild: model.safetensors: {name.format(0)}: it holds expert 2",
+        f"rebuild: model.safetensors: {name.format(2)}: it holds expert 0",
+    ]

@@ -1,0 +1,58 @@
+"""Megatron-Bridge iteration folders: weights as Megatron-LM writes them, and run_config.yaml.
+
+`run_config.yaml` (megatron/bridge/training/checkpointing.py, `save_checkpoint`; training/config.py,
+`ConfigContainer.to_yaml`) describes the whole run; ``model`` is the model, all defaults written out. There are no
+saved arguments. Gated rows that training interleaved are put in order before they are saved (training/checkpointing.py,
+`_process_state_dict_for_model_glu_interleaving`), whatever the configuration says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_export.checkpoint import formats
+from dist_export.checkpoint.adapters import refuse_adapters
+from dist_export.checkpoint.file_tree import FileTree, StoredFile
+from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.checkpoint.plain_text import MOST_BYTES, parse_yaml
+from dist_export.checkpoint.provider_config import provider_arguments
+from dist_export.errors import ExportError
+
+FORMAT = "Megatron-Bridge"
+CONFIG = "run_config.yaml"
+_STRAIGHTENED = ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size")
+
+
+def is_bridge(folder: Path) -> bool:
+    """Whether an iteration folder has Megatron-Bridge's configuration beside its weights."""
+    return (folder / CONFIG).is_file() and formats.weight_format(folder) is not None
+
+
+def read_index(folder: Path) -> CheckpointIndex:
+    """The chunk table; `ExportError` for adapters without their model."""
+    index = formats.read_weights(folder, FORMAT)
+    refuse_adapters(index)
+    return index
+
+
+def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
+    """``args`` from run_config.yaml, and the iteration."""
+    folder = index.folder
+    tree = FileTree(folder, {CONFIG: StoredFile(CONFIG, 0, (folder / CONFIG).stat().st_size)})
+    model = parse_yaml(tree.read(CONFIG, most=MOST_BYTES), origin=str(folder / CONFIG)).get("model")
+    if not isinstance(model, Mapping):
+        raise ExportError(f"{folder / CONFIG}: has no model")
+    arguments = provider_arguments(model)
+    for name in _STRAIGHTENED:
+        arguments.pop(name, None)
+    return {"args": arguments, **_iteration(index)}
+
+
+def _iteration(index: CheckpointIndex) -> dict[str, object]:
+    saved = formats.inner_common(index).get("iteration")
+    if type(saved) is int:
+        return {"iteration": saved}
+    named = re.fullmatch(r"iter_(\d{1,12})", index.folder.name)
+    return {"iteration": int(named[1])} if named else {}

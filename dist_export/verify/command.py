@@ -1,0 +1,53 @@
+"""``dist-export verify``: every export of an output folder, level by level, on processes of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from dist_export.runtime import exit_codes
+from dist_export.runtime.group import Group
+from dist_export.runtime.launch import run_local
+from dist_export.verify.files import read_manifest
+from dist_export.verify.findings import LEVELS
+from dist_export.verify.run import VerifyOptions, find_exports, source_from_manifest, verify_export
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """Verify what a command line names; the exit code says whether all of it is right."""
+    chosen = VerifyOptions(
+        levels=tuple(options.levels or LEVELS), sha256=options.sha256, num_threads=options.num_threads
+    )
+    codes = [_verify(options, folder.absolute(), chosen) for folder in find_exports(options.output)]
+    if options.logits and not any(codes):
+        codes += [_verify_logits(options, folder.absolute()) for folder in find_exports(options.output)]
+    return max(codes)
+
+
+def _verify(options: argparse.Namespace, folder: Path, chosen: VerifyOptions) -> int:
+    def rank_main(group: Group) -> int:
+        group.show_progress("verifying")
+        report = verify_export(options.checkpoint, folder, options=chosen, group=group)
+        if group.rank == 0:
+            print(report.to_json() if options.json else report, flush=True)
+        return exit_codes.OK if report.ok else exit_codes.NOT_VERIFIED
+
+    return run_local(options.num_processes or os.cpu_count() or 1, rank_main)
+
+
+def _verify_logits(options: argparse.Namespace, folder: Path) -> int:
+    from dist_export.verify.logits import read_tokens, verify_logits
+
+    source = source_from_manifest(options.checkpoint, read_manifest(folder))
+    report = verify_logits(
+        options.checkpoint,
+        folder,
+        tokens=read_tokens(options.tokens) if options.tokens else None,
+        iteration=source.iteration,
+        overrides=source.overrides,
+    )
+    print(json.dumps(asdict(report)) if options.json else report, flush=True)
+    return exit_codes.OK if report.agrees else exit_codes.NOT_VERIFIED
