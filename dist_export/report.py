@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_export.api import OpenedModel
+from dist_export.checkpoint.contents import contents, generation
 from dist_export.manifest import RankReport
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import make_placement, work_of
@@ -31,7 +32,9 @@ def inspection(model: OpenedModel) -> dict[str, Any]:
     return {
         "folder": str(index.folder),
         "format": index.format,
+        "generation": generation(index, model.checkpoint.arguments),
         "iteration": model.checkpoint.iteration,
+        "contents": contents(index),
         "training_layout": training_layout(model),
         "num_files": len(index.files),
         "num_chunks": index.num_chunks,
@@ -70,11 +73,12 @@ def inspection_text(model: OpenedModel) -> str:
     index = model.checkpoint.index
     head = [
         ("checkpoint", facts["folder"]),
-        ("format", facts["format"]),
+        ("format", ", ".join(filter(None, (facts["format"], facts["generation"])))),
         ("iteration", facts["iteration"] if facts["iteration"] is not None else "not said"),
         ("trained as", layout),
         ("weights", f"{format_bytes(index.num_weight_bytes)} in {index.num_chunks} chunks of {len(index.files)} files"),
         ("left out", "; ".join(ignored) or "nothing"),
+        *(("also there", line) for line in facts["contents"]),
     ]
     fields = [(name, entry["value"], entry["from"]) for name, entry in facts["config"].items()]
     tensors = [

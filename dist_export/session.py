@@ -140,7 +140,7 @@ class ExportSession:
     def _prepare_staging(self) -> tuple[publication.Staging, bool]:
         """Rank 0: keep what an earlier run of the same export wrote, or start afresh. Returns whether it is kept.
 
-        An export that is refused here leaves what it found to one that is not.
+        A resume that is refused here leaves what it found to one that is not.
         """
         staging = publication.Staging(self.options.output)
         try:
@@ -148,7 +148,7 @@ class ExportSession:
             publication.check_output(self.options.output, overwrite=self.options.overwrite)
             return staging, self._is_continued(staging)
         except BaseException:
-            staging.abandon(keep=True)
+            staging.abandon(keep=self.options.resume)
             raise
 
     def _is_continued(self, staging: publication.Staging) -> bool:

@@ -56,9 +56,9 @@ def read_index(folder: Path) -> CheckpointIndex:
         raise ExportError(f"{unfinished}, or this is no checkpoint of any kind ({error})") from error
     if not any(name in index.objects for name in _OWN_RECORDS):
         raise ExportError(unfinished)
+    torch_dist.check_files(index)
     table = _renamed(index)
     _check(folder, table, read_common_state(table).get("args"))
-    torch_dist.check_files(table)
     return table
 
 
@@ -80,7 +80,11 @@ def _renamed(index: CheckpointIndex) -> CheckpointIndex:
     for reason, what in index.ignored.items():
         builder.ignore(reason, num_bytes=what.num_bytes, num_tensors=what.num_tensors)
     for name, info in index.tensors.items():
-        builder.add(torch_dist_name(name), info.shape, info.dtype, index.chunks(name))
+        chunks = index.chunks(name)
+        if name.endswith("._extra_state"):  # bytes of TransformerEngine's layers, from its release 2 on
+            builder.ignore("state of layers that is no weight", num_bytes=sum(chunk.length for chunk in chunks))
+        else:
+            builder.add(torch_dist_name(name), info.shape, info.dtype, chunks)
     return builder.build()
 
 

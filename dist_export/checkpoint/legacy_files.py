@@ -93,7 +93,7 @@ def find_rank_files(folder: Path) -> list[RankFile]:
 
 def has_rank_folders(folder: Path) -> bool:
     """Whether an iteration folder has ``mp_rank_`` folders."""
-    return folder.is_dir() and any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
+    return folder.is_dir() and any(_FOLDER.fullmatch(path.name) and path.is_dir() for path in folder.iterdir())
 
 
 def optimizer_file_sizes(folder: Path) -> list[int]:

@@ -114,4 +114,6 @@ def _unrecognised(folder: Path) -> str:
     names = {p.name for p in folder.iterdir()}
     if "metadata.json" in names:
         return f"{folder}: metadata.json names no format that can be read; torch_dist and zarr can"
+    if any(name.startswith("mp_rank_") for name in names):
+        return f"{folder}: has mp_rank_ names as a legacy checkpoint, but no folder mp_rank_TT of a training rank"
     return f"{folder}: not a Megatron checkpoint (no {TRACKER}, no metadata.json)"

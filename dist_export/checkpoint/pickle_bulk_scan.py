@@ -8,7 +8,8 @@ their arguments dropped, so that one letter is left per opcode, V for "pushes a 
 construct whose operands are V into one V, in passes of `bytes.replace`, until a single V is left. A pass does not
 look at its own results again, so it deepens any chain of containers by one level at most, and a pickle that folds
 in n passes is nested at most n deep. Values fetched from the memo count as V; that is sound as long as no fetched
-entry is a tuple, which is checked (other containers are hashed by identity or not at all).
+entry is a tuple, which is checked (other containers are hashed by identity or not at all). An entry fetched before
+it is stored is left to the unpickler, which refuses it at that point.
 """
 
 from __future__ import annotations

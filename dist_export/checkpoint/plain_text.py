@@ -13,7 +13,10 @@ MOST_BYTES = 8 << 20
 _MOST_DEPTH = 64
 _MOST_ALIASES = 10_000
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_STANDARD_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = frozenset(
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "seq", "map", "set", "binary", "timestamp")
+)
 
 
 def parse_yaml(data: bytes, *, origin: str) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def _look_over(events: Any, origin: str) -> None:
             raise ExportError(f"{origin}: refused: more than {_MOST_DEPTH} levels or {_MOST_ALIASES} aliases")
         if kind == "ScalarEvent" and event.value == "<<" and event.implicit[0]:
             raise ExportError(f"{origin}: refused: it has merge keys, which no trainer writes")
-        if tag and tag != "!" and not tag.startswith(_STANDARD_TAG):
+        if tag and tag != "!" and tag not in _PLAIN_TAGS:
             raise ExportError(f"{origin}: refused: it has the tag {tag[:100]}, only plain values are read")
 
 

@@ -174,9 +174,11 @@ def _box(stored: ChunkStorageMetadata) -> str:
 
 
 def _places(builder: IndexBuilder, metadata: Metadata, folder: Path) -> dict[str, dict[Shape, Place]]:
-    """Key -> chunk start -> place, of everything that is not ignored."""
+    """Key -> chunk start -> place, of objects and of tensors that are not ignored."""
     places: dict[str, dict[Shape, Place]] = {
-        key: {} for key in metadata.state_dict_metadata if not ignored_reason(without_wrapper_prefix(key))
+        key: {}
+        for key, entry in metadata.state_dict_metadata.items()
+        if not isinstance(entry, TensorStorageMetadata) or not ignored_reason(without_wrapper_prefix(key))
     }
     for entry, info in metadata.storage_data.items():
         if entry.fqn not in places:

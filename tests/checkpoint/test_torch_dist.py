@@ -29,11 +29,14 @@ OTHERS = {
 }
 
 
+OBJECTS = ["decoder.layers.mlp.linear_fc1._extra_state/shard_0_2", "rng_state/shard_0.0_1.1"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_torch_dist(
         tmp_path / "c", MODEL.tensors | OTHERS, args=MODEL.args, chunks=_chunks, prefix="model.",
-        extra_objects={"decoder.layers.mlp.linear_fc1._extra_state/shard_0_2": [b"x"]},
+        extra_objects={name: [b"x"] for name in OBJECTS},
     )  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def test_what_is_left_out_has_a_reason(folder: Path) -> None:
         "training state": (1, 20),
         "rotary table, computed by the target": (1, 16),
     }
-    assert list(index.objects) == ["decoder.layers.mlp.linear_fc1._extra_state/shard_0_2"]
+    assert list(index.objects) == OBJECTS
 
 
 Change = Callable[[Path], None]

@@ -95,11 +95,11 @@ def test_hostile_headers(tmp_path: Path, model: Any, text: str) -> None:
 def test_cells_that_are_missing_cut_or_too_many(tmp_path: Path, model: Any) -> None:
     folder = write_zarr(tmp_path / "c", model.tensors, args=None)
     (folder / FC1 / "1.0.0").rename(folder / FC1 / "2.0.0")
-    with pytest.raises(ExportError, match="cell 1.0.0 is missing"):
+    with pytest.raises(ExportError, match=r"cell 1.0.0 is missing"):
         open_checkpoint(folder)
     (folder / FC1 / "2.0.0").unlink()
-    with pytest.raises(ExportError, match="3 cell files, expected 4 of the grid"):
+    with pytest.raises(ExportError, match=r"3 cell files, expected 4 of the grid"):
         open_checkpoint(folder)
     (folder / FC1 / "1.0.0").write_bytes(b"x")
-    with pytest.raises(ExportError, match="cell 1.0.0 has 1 bytes, expected 3072"):
+    with pytest.raises(ExportError, match=r"cell 1.0.0 has 1 bytes, expected 3072"):
         open_checkpoint(folder)

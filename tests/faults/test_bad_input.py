@@ -129,7 +129,7 @@ FILE_FAULTS = {
     "empty folder": (_empty, r"not a Megatron checkpoint \(no latest_checkpointed_iteration.txt, no metadata.json\)"),
     "not a checkpoint": (_foreign, r"iter_0000010: not a Megatron checkpoint"),
     "unfinished save": (_no_metadata_json, r"has .metadata but no metadata.json.*the save did not finish"),
-    "other format": (_other_backend, r"metadata.json names no format that can be read; torch_dist can"),
+    "other format": (_other_backend, r"metadata.json names no format that can be read; torch_dist and zarr can"),
     "truncated .distcp": (_cut("__1_0.distcp", 0.7), r"__1_0.distcp: has \d+ bytes, needs \d+; the file is truncated"),
     "empty .distcp": (_cut("__0_0.distcp", 0), r"__0_0.distcp: has 0 bytes, needs \d+; the file is truncated"),
     "missing .distcp": (_remove("__1_0.distcp"), r"files named by .*metadata cannot be read: __1_0.distcp: No such"),
@@ -155,7 +155,7 @@ def test_no_such_folder_a_file_and_an_iteration_that_is_not_there(
     (tmp_path / "a").mkdir()
     refused(tmp_path / "nowhere", tmp_path / "a", earlier_export, "nowhere: no such file or folder")
     (tmp_path / "b").mkdir()
-    refused(checkpoint / "common.pt", tmp_path / "b", earlier_export, "common.pt: not a folder; give a Megatron --save")
+    refused(checkpoint / "common.pt", tmp_path / "b", earlier_export, "common.pt: not a folder and not a .nemo archive; give a Megatron --save")
     (tmp_path / "c").mkdir()
     message = r"iter_0000011: no such folder; .* holds iter_0000010"
     refused(checkpoint.parent, tmp_path / "c", earlier_export, message, "--iteration", 11)

@@ -22,6 +22,7 @@ from support.faulty_runs import (
     is_alive,
     run,
     staged,
+    start,
     weights,
     writing,
 )
@@ -44,6 +45,7 @@ def check_failure(ended: Ended, cause: str, code: int) -> None:
     assert ended.code == code, ended.out + ended.err
     assert len(ended.causes) == 1 and re.search(cause, ended.causes[0]), ended.err
     assert ended.seconds < MOST_SECONDS
+    print(f"all gone after {ended.seconds:.2f} s")
 
 
 def check_leftovers(output: Path) -> None:
@@ -138,6 +140,7 @@ def test_killed_launching_process(
         ended = finish(process)
     assert ended.code == -signal.SIGKILL
     assert ended.seconds < MOST_SECONDS
+    print(f"all gone after {ended.seconds:.2f} s")
     assert not output.exists()
     check_recovery(long_checkpoint, output, undisturbed(*LAYOUT), "--resume")
 
@@ -154,16 +157,17 @@ def test_bug_in_a_rank(rank: int, long_checkpoint: Path, tmp_path: Path, undistu
     check_recovery(long_checkpoint, output, undisturbed(*LAYOUT), "--resume")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_stalled_rank(rank: int, long_checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
-    output = tmp_path / "out"
-    fault = {"rank": rank, "point": "transfer", "action": "stop", "after": 3}
-    ended = run(long_checkpoint, output, *LAYOUT, **fault)
-    check_failure(ended, rf"rank {rank} stopped responding \(killed\?\)", 3)
-    assert not output.exists()
-    pid = int(re.findall(r"process (\d+)", ended.out)[0])
-    assert not is_alive(pid)
-    check_recovery(long_checkpoint, output, undisturbed(*LAYOUT), "--resume")
+def test_stalled_ranks(long_checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    outputs = [tmp_path / f"out{rank}" for rank in range(2)]
+    faults = [{"rank": rank, "point": "transfer", "action": "stop", "after": 3} for rank in range(2)]
+    both = [start(long_checkpoint, out, *LAYOUT, **fault) for out, fault in zip(outputs, faults, strict=True)]
+    for rank, (process, output) in enumerate(zip(both, outputs, strict=True)):
+        ended = finish(process)
+        check_failure(ended, rf"rank {rank} stopped responding \(killed\?\)", 3)
+        assert not output.exists()
+        pid = int(re.findall(r"process (\d+)", ended.out)[0])
+        assert not is_alive(pid)
+        check_recovery(long_checkpoint, output, undisturbed(*LAYOUT), "--resume")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

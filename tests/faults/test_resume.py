@@ -25,40 +25,35 @@ MOST_READ_AGAIN = 0.15
 Undisturbed = Callable[..., Path]
 
 
-def kill_at_90_percent(checkpoint: Path, output: Path, layout: tuple[object, ...]) -> None:
-    """Two processes write at an even pace; rank 0 kills itself when it has written 90 % of its share.
+@pytest.fixture(scope="module", params=LAYOUTS)
+def killed_at_90_percent(
+    request: pytest.FixtureRequest, long_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[object, ...], Path]:
+    """(layout, output) of an export of two processes that was killed when it was at about 90 %. Copied, not changed.
 
-    One of two processes with even shares makes half of the writes, so the job is at about 90 % too.
+    Both write at an even pace, and rank 0 kills itself when it has written 90 % of its share.
     """
-    writes = count_writes(checkpoint, output, layout)
+    layout, folder = LAYOUTS[request.param], tmp_path_factory.mktemp("killed")
+    probe = run(long_checkpoint, folder / "probe", *layout, *SMALL_TILES, count=True)
+    assert probe.code == 0, probe.err
+    shutil.rmtree(folder / "probe")
+    writes = int(re.findall(r"rank 0 wrote (\d+) times", probe.out)[0])
     fault = {"rank": 0, "point": "transfer", "action": "kill", "after": int(0.9 * writes), "pace": 0.03}
-    ended = run(checkpoint, output, *layout, *SMALL_TILES, **fault)
+    ended = run(long_checkpoint, folder / "out", *layout, *SMALL_TILES, **fault)
     assert ended.code == 3 and "rank 0 was killed" in ended.err, ended.err
     assert ended.seconds < 15
-    assert not output.exists()
-    assert len(staged(output)) == 1
+    assert [path.name for path in folder.iterdir()] == [".out.dist_export"]
+    return layout, folder / "out"
 
 
-def count_writes(checkpoint: Path, output: Path, layout: tuple[object, ...]) -> int:
-    """How often rank 0 writes in an undisturbed run with the same tiles."""
-    probe = output.with_name("probe")
-    ended = run(checkpoint, probe, *layout, *SMALL_TILES, count=True)
-    assert ended.code == 0, ended.err
-    shutil.rmtree(probe)
-    return int(re.findall(r"rank 0 wrote (\d+) times", ended.out)[0])
-
-
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> tuple[object, ...]:
-    return LAYOUTS[request.param]
-
-
-@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_killed_at_90_percent(
-    layout: tuple[object, ...], num_processes: int, long_checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
-) -> None:
-    output, whole = tmp_path / "out", undisturbed(*layout)
-    kill_at_90_percent(long_checkpoint, output, layout)
+    num_processes: int, killed_at_90_percent: tuple[tuple[object, ...], Path], long_checkpoint: Path, tmp_path: Path,
+    undisturbed: Undisturbed,
+) -> None:  # fmt: skip
+    layout, killed = killed_at_90_percent
+    output, whole = tmp_path / "new" / "out", undisturbed(*layout)
+    shutil.copytree(killed.parent, output.parent)
     ended = run(long_checkpoint, output, *layout, *SMALL_TILES, "--resume", num_processes=num_processes)
     assert ended.code == 0, ended.err
     assert weights(output) == weights(whole)
@@ -68,18 +63,21 @@ def test_killed_at_90_percent(
     assert share <= MOST_READ_AGAIN
 
 
+@pytest.fixture(scope="module")
+def almost_done(long_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an export that was killed when everything had been written and most of it noted."""
+    output = tmp_path_factory.mktemp("almost") / "out"
+    fault = {"rank": 1, "point": "written", "action": "kill"}
+    ended = run(long_checkpoint, output, *LAYOUTS["copy"], *SMALL_TILES, **fault, pace=0.03)
+    assert ended.code == 3, ended.err
+    return output
+
+
 @pytest.fixture
-def killed(long_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
-    """`killed()` is the output of an export that was killed when everything had been written but for a few tiles."""
-
-    def kill(checkpoint: Path = long_checkpoint) -> Path:
-        output = tmp_path / "out"
-        fault = {"rank": 1, "point": "written", "action": "kill"}
-        ended = run(checkpoint, output, *LAYOUTS["copy"], *SMALL_TILES, **fault, pace=0.004)
-        assert ended.code == 3, ended.err
-        return output
-
-    return kill
+def killed(almost_done: Path, tmp_path: Path) -> Path:
+    """A copy of `almost_done` to go on with."""
+    shutil.copytree(almost_done.parent, tmp_path / "killed")
+    return tmp_path / "killed" / "out"
 
 
 def journal_lines(output: Path) -> list[tuple[Path, list[int]]]:
@@ -92,22 +90,19 @@ def journal_lines(output: Path) -> list[tuple[Path, list[int]]]:
 
 
 def test_a_flipped_byte_is_noticed_and_just_its_run_is_done_again(
-    long_checkpoint: Path, killed: Callable[..., Path], undisturbed: Undisturbed
+    long_checkpoint: Path, killed: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    output = killed()
-    again = shutil.copytree(output.parent, output.parent.parent / (output.parent.name + "-copy")) / "out"
-    try:
-        _, (file, tensor, offset, length, _) = journal_lines(output)[3]
-        flip(staged(output)[0] / f"rank{file}.safetensors", tensor, offset + length // 2)
-        read = []
-        for each in (again, output):
-            ended = run(long_checkpoint, each, *LAYOUTS["copy"], *SMALL_TILES, "--resume")
-            assert ended.code == 0, ended.err
-            assert weights(each) == weights(undisturbed(*LAYOUTS["copy"]))
-            read.append(bytes_read(each))
-        assert 0 < read[1] - read[0] <= 2 * (64 << 10)  # at most the tiles that the run is made of
-    finally:
-        shutil.rmtree(again.parent)
+    output = killed
+    again = Path(shutil.copytree(output.parent, tmp_path / "again")) / "out"
+    _, (file, tensor, offset, length, _) = journal_lines(output)[3]
+    flip(staged(output)[0] / f"rank{file}.safetensors", tensor, offset + length // 2)
+    read = []
+    for each in (again, output):
+        ended = run(long_checkpoint, each, *LAYOUTS["copy"], *SMALL_TILES, "--resume")
+        assert ended.code == 0, ended.err
+        assert weights(each) == weights(undisturbed(*LAYOUTS["copy"]))
+        read.append(bytes_read(each))
+    assert 0 < read[1] - read[0] <= 2 * (64 << 10)  # at most the tiles that the run is made of
 
 
 def flip(path: Path, tensor: int, offset: int) -> None:
@@ -123,9 +118,9 @@ def flip(path: Path, tensor: int, offset: int) -> None:
 
 
 def test_a_journal_cut_within_a_line_and_one_full_of_rubbish(
-    long_checkpoint: Path, killed: Callable[..., Path], undisturbed: Undisturbed
+    long_checkpoint: Path, killed: Path, undisturbed: Undisturbed
 ) -> None:
-    output = killed()
+    output = killed
     first, second = sorted(staged(output)[0].glob("journal/*.txt"))
     os.truncate(first, first.stat().st_size - 4)
     rubbish = b"\xff\x00 1 2 3\n0 0 0 99999999999999999 0\n9999 0 0 5 5\n0 9999 0 5 5\n0 0 0 0 0\n1 2 3\n"
@@ -138,9 +133,9 @@ def test_a_journal_cut_within_a_line_and_one_full_of_rubbish(
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "longer", "no header"])
 def test_a_staged_file_that_is_not_as_it_was_left(
-    damage: str, long_checkpoint: Path, killed: Callable[..., Path], undisturbed: Undisturbed
+    damage: str, long_checkpoint: Path, killed: Path, undisturbed: Undisturbed
 ) -> None:
-    output = killed()
+    output = killed
     path = staged(output)[0] / "rank0.safetensors"
     if damage == "missing":
         path.unlink()

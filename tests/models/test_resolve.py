@@ -456,6 +456,12 @@ REFUSED: dict[str, object] = {
     "moe_router_load_balancing_type": ["sinkhorn"],
     "moe_router_score_function": "sqrtsoftplus",
     "moe_router_topk_limited_devices": 2,
+    "apply_embedding_scaling": True,
+    "query_pre_attn_scalar": 144,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "transformer_block_type": "post_ln",
+    "headscale": True,
     "use_mup": True,
     "enable_mhc_connections": True,
 }

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.megatron_checkpoints import per_layer_weights
 
 from dist_export.checkpoint.index import CheckpointIndex
+from support.megatron_checkpoints import per_layer_weights
 
 SCRIPT = Path(__file__).parent / "save_legacy.py"
 ITERATION = "iter_0000010"
@@ -88,7 +88,8 @@ def save_again(source: Path, folder: Path, change: Callable[[dict[str, Any]], An
     shutil.copytree(source, folder)
     for path in rank_files(folder):
         state = torch.load(path, weights_only=False)
-        torch.save(change(state) or state, path, **how)
+        result = change(state)
+        torch.save(state if result is None else result, path, **how)
     return folder
 
 

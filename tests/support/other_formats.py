@@ -21,7 +21,7 @@ FUNCTIONS = {"silu": "torch.nn.functional.silu", "gelu": "torch._C._nn.gelu"}
 
 
 def transformer_config(model: SmallModel) -> dict[str, Any]:
-    """The fields of Megatron-Core's TransformerConfig, as trainers dump them (megatron/training/config/yaml_utils.py)."""
+    """The fields of Megatron-Core's TransformerConfig as megatron/training/config/yaml_utils.py dumps them."""
     args = model.args
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
     names += ("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "add_bias_linear", "add_qkv_bias")
@@ -71,7 +71,8 @@ def write_bridge(top: Path, model: SmallModel, *, nested: bool = False, iteratio
     `nested`: the newer ``model`` with the TransformerConfig inside (models/gpt/gpt_builder.py, `GPTModelConfig`).
     """
     folder = write_torch_dist(top / f"iter_{iteration:07d}", model.tensors, args=None)
-    more = {**gpt_config(model), "rope_scaling": False, "rope_scaling_factor": 1.0, "should_pad_vocab": False, **changes}
+    more = {**gpt_config(model), "rope_scaling": False, "rope_scaling_factor": 1.0, "should_pad_vocab": False}
+    more |= changes
     if nested:
         target = "megatron.bridge.models.gpt.gpt_builder.GPTModelConfig"
         inner = {"_target_": "megatron.bridge.models.transformer_config.TransformerConfig", **transformer_config(model)}
@@ -96,7 +97,8 @@ def write_nemo2(top: Path, model: SmallModel, **changes: Any) -> Path:
     (nemo/lightning/io/mixin.py, `_io_dump_yaml`)."""
     write_torch_dist(top / "weights", model.tensors, args=None, prefix="module.")
     common = torch.load(top / "weights" / "common.pt", weights_only=False)
-    torch.save({"global_step": 10, "pytorch-lightning_version": "2.4.0", "loops": {}} | common, top / "weights/common.pt")
+    common |= {"global_step": 10, "pytorch-lightning_version": "2.4.0", "loops": {}}
+    torch.save(common, top / "weights" / "common.pt")
     config = {"_target_": "nemo.collections.llm.gpt.model.llama.Llama3Config8B", **transformer_config(model)}
     config |= {**gpt_config(model), **changes}
     context = top / "context"

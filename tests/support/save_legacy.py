@@ -19,13 +19,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
-import make_checkpoint  # noqa: E402
-import megatron_on_cpu  # noqa: E402
-import torch  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from torch.multiprocessing.spawn import start_processes  # noqa: E402
+import make_checkpoint
+import megatron_on_cpu
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from torch.multiprocessing.spawn import start_processes
 
 DEFAULTS: dict[str, Any] = {"vpp": 1, "ep": 1, "etp": None, "experts": 0, "grouped": False, "world": None}
 ITERATION = 10

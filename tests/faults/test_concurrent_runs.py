@@ -69,7 +69,7 @@ def test_the_lease_of_another_machine_is_taken_over_when_it_stands_still(
     foreign_lease(output)
     ended = run(long_checkpoint, output, *LAYOUT)
     assert ended.code == 0, ended.err
-    assert 9 < ended.seconds < 15
+    assert 9 < ended.seconds < 30
     assert weights(output) == weights(undisturbed(*LAYOUT))
     assert staged(output) == []
 
@@ -102,13 +102,10 @@ def test_of_several_that_find_a_dead_lease_one_exports(
     long_checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     output = tmp_path / "out"
-    folder = foreign_lease(output).parent
-    content = json.loads((folder / "lease.json").read_text())
-    own = {"host": os.uname().nodename, "pid": 1 << 30}
-    (folder / "lease.json").write_text(json.dumps(content | own))
-    takers = [start(long_checkpoint, output, *SLOW, pace=0.02) for _ in range(4)]
+    assert run(long_checkpoint, output, *LAYOUT, rank=0, point="files created", action="kill").code == 3
+    takers = [start(long_checkpoint, output, *SLOW, pace=0.05) for _ in range(3)]
     ended = [finish(taker) for taker in takers]
-    assert sorted(each.code for each in ended) == [0, 2, 2, 2], [each.err for each in ended]
+    assert sorted(each.code for each in ended) == [0, 2, 2], [each.err for each in ended]
     refusals = [each.causes for each in ended if each.code]
     assert all(len(causes) == 1 and "another export to this output" in causes[0] for causes in refusals), refusals
     assert weights(output) == weights(undisturbed(*LAYOUT))

@@ -1,0 +1,116 @@
+"""launch/export_mpi.sh under real Open MPI and MPICH: the same bytes, and nothing left when a rank is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from support.exports import REPOSITORY, run_command  # noqa: E402
+from support.faulty_runs import MOST_SECONDS, weights  # noqa: E402
+from support.launched import LAYOUT, Ended, run  # noqa: E402
+
+SCRIPT = REPOSITORY / "launch" / "export_mpi.sh"
+MPIRUNS = {"openmpi": ("mpirun.openmpi", "mpirun"), "mpich": ("mpirun.mpich", "mpirun.hydra", "mpirun")}
+SIGNS = {"openmpi": ("Open MPI", "OpenRTE"), "mpich": ("HYDRA",)}
+
+
+@dataclass(frozen=True)
+class Mpirun:
+    """One of the two."""
+
+    flavour: str
+    path: str
+
+    def command(self, *program: object) -> list[object]:
+        """mpirun itself with four ranks of a program."""
+        options = ["--oversubscribe"] if self.flavour == "openmpi" else []
+        options += ["--allow-run-as-root"] if self.flavour == "openmpi" and os.geteuid() == 0 else []
+        return [self.path, "-np", 4, *options, *program]
+
+
+def find_mpirun(flavour: str) -> Mpirun:
+    """The flavour's mpirun; the test is skipped where there is none."""
+    for name in MPIRUNS[flavour]:
+        path = shutil.which(name)
+        if path is None:
+            continue
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+        if any(sign in version.stdout + version.stderr for sign in SIGNS[flavour]):
+            return Mpirun(flavour, path)
+    pytest.skip(f"{flavour} is not installed (Debian: apt-get install openmpi-bin mpich)")
+
+
+@pytest.fixture(params=sorted(MPIRUNS))
+def mpirun(request: pytest.FixtureRequest) -> Mpirun:
+    """Open MPI's, then MPICH's."""
+    return find_mpirun(request.param)
+
+
+def run_script(mpirun: Mpirun, *arguments: object, output: Path, **extra: str) -> Ended:
+    """`bash launch/export_mpi.sh` with four processes."""
+    variables = {"MPIRUN": mpirun.path, "NUM_PROCESSES": "4", "PYTHON": sys.executable, **extra}
+    return run("bash", SCRIPT, *arguments, marker=str(output), **variables)
+
+
+def test_the_script_starts_mpirun(mpirun: Mpirun, long_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+    ended = run_script(mpirun, long_checkpoint, tmp_path / "out", *LAYOUT, output=tmp_path / "out")
+    assert ended.code == 0, ended.text
+    assert ended.text.count("exported llama") == 1
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_hostfile_says_how_many(mpirun: Mpirun, long_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+    hostfile, output = tmp_path / "hosts", tmp_path / "out"
+    hostfile.write_text("# all here\nlocalhost slots=3\n" if mpirun.flavour == "openmpi" else "# all here\nlocalhost:3\n")
+    arguments = (long_checkpoint, output, *LAYOUT, "--log-json")
+    ended = run_script(mpirun, *arguments, output=output, HOSTFILE=str(hostfile), NUM_PROCESSES="")
+    assert ended.code == 0, ended.text
+    assert '"num_ranks": 3' in ended.text
+    assert weights(output) == weights(whole)
+
+
+def test_mpirun_starts_the_script(mpirun: Mpirun, long_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
+    """Without anybody who sets an address: the ranks agree on one."""
+    output = tmp_path / "out"
+    command = mpirun.command(SCRIPT, long_checkpoint, output, *LAYOUT)
+    ended = run(*command, marker=str(output), PYTHON=sys.executable)
+    assert ended.code == 0, ended.text
+    assert weights(output) == weights(whole)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_killed_rank_ends_all(
+    rank: int, mpirun: Mpirun, long_checkpoint: Path, whole: Path, tmp_path: Path, program: Callable[..., str]
+) -> None:
+    fault = program(rank=rank, point="transfer", after=5, action="kill", pace=0.05)
+    output = tmp_path / "out"
+    ended = run_script(mpirun, long_checkpoint, output, *LAYOUT, output=output, EXPORT_PROGRAM=fault)
+    print(f"{mpirun.flavour}, kill of rank {rank} to the end of all processes: {ended.seconds:.1f} s")
+    assert ended.code != 0 and 0 < ended.seconds < MOST_SECONDS, ended.text
+    assert len(ended.causes) == 1 and f"rank {rank} stopped responding" in ended.causes[0], ended.text
+    assert not output.exists()
+    again = run_command("export", long_checkpoint, output, *LAYOUT, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert weights(output) == weights(whole)
+
+
+def test_mpirun_alone_ends_all_when_a_rank_is_killed(
+    mpirun: Mpirun, long_checkpoint: Path, tmp_path: Path, program: Callable[..., str]
+) -> None:
+    """mpirun kills the others before they can say anything, and names the cause itself."""
+    fault = program(rank=1, point="transfer", after=5, action="kill", pace=0.05)
+    output = tmp_path / "out"
+    command = mpirun.command(SCRIPT, long_checkpoint, output, *LAYOUT)
+    ended = run(*command, marker=str(output), PYTHON=sys.executable, EXPORT_PROGRAM=fault)
+    print(f"{mpirun.flavour} alone, kill to the end of all processes: {ended.seconds:.1f} s")
+    assert ended.code != 0 and 0 < ended.seconds < MOST_SECONDS, ended.text
+    assert len(ended.causes) <= 1 and "signal 9" in ended.text, ended.text
