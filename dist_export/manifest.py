@@ -51,13 +51,21 @@ class RankReport:
         self.runs = {f"{file}/{index}": [list(run) for run in each] for (file, index), each in runs.items()}
 
 
-def merge_runs(reports: Iterable[RankReport]) -> dict[str, list[Run]]:
-    """All processes' runs by "file/tensor"."""
-    merged: dict[str, list[Run]] = {}
-    for report in reports:
+@dataclass(slots=True)
+class CollectedReports:
+    """What rank 0 keeps of all ranks' reports: their statistics, and the runs of all of them by tensor."""
+
+    reports: list[RankReport] = field(default_factory=list)
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    """By "file/tensor"."""
+
+    def add(self, _rank: int, data: bytes) -> None:
+        """Take over one rank's encoded report."""
+        report = RankReport.decode(data)
         for key, runs in report.runs.items():
-            merged.setdefault(key, []).extend((run[0], run[1], run[2]) for run in runs)
-    return merged
+            self.runs.setdefault(key, []).extend((run[0], run[1], run[2]) for run in runs)
+        report.runs = {}
+        self.reports.append(report)
 
 
 def file_entries(plan: ExportPlan, numbers: range, runs: Mapping[str, list[Run]]) -> dict[str, object]:

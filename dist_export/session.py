@@ -32,7 +32,7 @@ from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.outputs import OutputFile
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
-from dist_export.manifest import RankReport, build_manifest, file_entries, merge_runs, run_statistics
+from dist_export.manifest import CollectedReports, RankReport, build_manifest, file_entries, run_statistics
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
@@ -89,6 +89,8 @@ class ExportSession:
     """How the export was asked for, kept in the manifest."""
     report: RankReport = field(init=False)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    source_fingerprint: str = ""
+    """Of the checkpoint's files, on rank 0 before the work began."""
     staging: publication.Staging | None = None
     """On rank 0, from the moment it has the lease."""
 
@@ -105,9 +107,10 @@ class ExportSession:
             self._compare_digests(agreement, placement)
             executor = self._transfer(agreement, placement)
             self._fill_report(executor, started)
-            reports = [RankReport.decode(data) for data in group.gather("reports", self.report.encode()) or ()]
+            collected = CollectedReports()
+            group.gather_each("reports", self.report.encode(), collected.add)
             if group.rank == 0:
-                self._finish(reports)
+                self._finish(collected)
         except BaseException as error:
             # Not a signal: that may be a launcher's answer to the death of another rank, which the group finds out.
             if isinstance(error, Exception) and not isinstance(error, PeerFailedError):
@@ -116,7 +119,7 @@ class ExportSession:
                 self.staging.abandon(keep=is_resumable(error))
             raise
         group.barrier("published")
-        return reports
+        return collected.reports
 
     def _agree(self) -> Agreement:
         """Rank 0 validates the plan and stages the output; every rank then knows its part of the same plan."""
@@ -152,7 +155,8 @@ class ExportSession:
             raise
 
     def _is_continued(self, staging: publication.Staging) -> bool:
-        fingerprint = {"job": self.job.digest(), "source": self.checkpoint.fingerprint(), "version": __version__}
+        self.source_fingerprint = self.checkpoint.fingerprint()
+        fingerprint = {"job": self.job.digest(), "source": self.source_fingerprint, "version": __version__}
         there = read_fingerprint(staging.folder) if self.options.resume else None
         if there is not None and there != fingerprint:
             changed = ", ".join(key for key, value in fingerprint.items() if there.get(key) != value)
@@ -280,18 +284,19 @@ class ExportSession:
         self.report.peak_memory = now.peak_memory
         self.report.set_runs(executor.ledger.runs())
 
-    def _finish(self, reports: list[RankReport]) -> None:
+    def _finish(self, collected: CollectedReports) -> None:
         """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
         assert self.staging is not None
         self.group.enter_phase("publish")
-        runs = merge_runs(reports)
-        files = [file_entries(plan, self.job.numbered(plan), runs) for plan in self.job.plans]
+        files = [file_entries(plan, self.job.numbered(plan), collected.runs) for plan in self.job.plans]
+        if self.checkpoint.fingerprint() != self.source_fingerprint:
+            raise ExportError(f"{self.checkpoint.index.folder}: its files changed while they were exported; start again")
         folder = self.staging.finish()
         remove_journals(folder)
         for plan, entries in zip(self.job.plans, files, strict=True):
             manifest = build_manifest(self.checkpoint, plan, entries, left_out=self.left_out[plan.target])
             manifest["request"] = {**self.request, "target": plan.target, "options": plan.options}
-            manifest["run"] = {"processes": run_statistics(reports)}
+            manifest["run"] = {"processes": run_statistics(collected.reports)}
             for name, source in plan.copies.items():
                 publication.write_file(folder / plan.folder / name, without_code(name, source.read_bytes()))
             for name, document in {publication.MANIFEST: manifest, **plan.documents()}.items():

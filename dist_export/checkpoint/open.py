@@ -44,7 +44,10 @@ class Checkpoint:
         """SHA-256 over names, sizes and times of the files, hexadecimal: tells a changed checkpoint. Reads no data."""
         state = hashlib.sha256()
         for number, name in enumerate(self.index.files):
-            status = self.index.path(number).stat()
+            try:
+                status = self.index.path(number).stat()
+            except OSError as error:
+                raise ExportError(f"{self.index.path(number)}: {error.strerror}") from error
             state.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
         return state.hexdigest()
 

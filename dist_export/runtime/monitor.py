@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dist_export.runtime import exit_codes
@@ -150,11 +150,12 @@ class Monitor:
     def cause_of_termination(self, own: Failure) -> Failure:
         """Why this rank got SIGTERM: `own`, unless the launcher answered the death of another rank with it.
 
-        Rank 0 sees within a few heartbeats whether a rank is silent, and the others wait for what it posts.
-        Raises StoreLostError.
+        Rank 0 sees within a few heartbeats whether a rank is silent; another rank looks at those of its node, since a
+        launcher with an agent per node tells them first, and waits for what rank 0 posts. Raises StoreLostError.
         """
-        silent = [] if self.look_for_abort() else self._silent_peers(2.5 * self._timing.heartbeat_s)
         deadline = time.monotonic() + 3 * self._timing.heartbeat_s
+        watched = list(self._peers) if self._world.rank == 0 else self._neighbours()
+        silent = [] if self.look_for_abort() else self._silent(watched, 2.5 * self._timing.heartbeat_s)
         while self._world.rank != 0 and not silent and time.monotonic() < deadline:
             if self.look_for_abort():
                 break
@@ -162,9 +163,15 @@ class Monitor:
         lost = Failure(silent[0], "lost", STOPPED_RESPONDING, self._world.rank) if silent else None
         return self.failure or lost or own
 
-    def _silent_peers(self, wait_s: float) -> list[int]:
-        """The observed ranks that give no sign of life within `wait_s`; returns as soon as all did."""
-        before = {rank: self._store.get(beat_key(rank)) for rank, peer in self._peers.items() if not peer.left}
+    def _neighbours(self) -> list[int]:
+        """The other ranks of this node where a node's ranks are numbered in one go, as torchrun does."""
+        first = self._world.rank - self._world.local_rank
+        last = min(first + self._world.local_world_size, self._world.world_size)
+        return [rank for rank in range(max(first, 0), last) if rank != self._world.rank]
+
+    def _silent(self, watched: Sequence[int], wait_s: float) -> list[int]:
+        """Those of the ranks that give no sign of life within `wait_s`; returns as soon as all did."""
+        before = {rank: self._store.get(beat_key(rank)) for rank in watched}
         silent = [rank for rank, beat in before.items() if beat is not None and not has_left(beat)]
         deadline = time.monotonic() + wait_s
         while silent and time.monotonic() < deadline:

@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.exports import REPOSITORY, run_command  # noqa: E402
-from support.faulty_runs import MOST_SECONDS, weights  # noqa: E402
-from support.launched import LAYOUT, Ended, run  # noqa: E402
+from support.exports import REPOSITORY, run_command
+from support.faulty_runs import MOST_SECONDS, weights
+from support.launched import LAYOUT, Ended, run
 
 SCRIPT = REPOSITORY / "launch" / "export_mpi.sh"
 MPIRUNS = {"openmpi": ("mpirun.openmpi", "mpirun"), "mpich": ("mpirun.mpich", "mpirun.hydra", "mpirun")}
@@ -70,7 +70,8 @@ def test_the_script_starts_mpirun(mpirun: Mpirun, long_checkpoint: Path, whole: 
 
 def test_a_hostfile_says_how_many(mpirun: Mpirun, long_checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     hostfile, output = tmp_path / "hosts", tmp_path / "out"
-    hostfile.write_text("# all here\nlocalhost slots=3\n" if mpirun.flavour == "openmpi" else "# all here\nlocalhost:3\n")
+    line = "localhost slots=3" if mpirun.flavour == "openmpi" else "localhost:3"
+    hostfile.write_text(f"# all here\n{line}\n")
     arguments = (long_checkpoint, output, *LAYOUT, "--log-json")
     ended = run_script(mpirun, *arguments, output=output, HOSTFILE=str(hostfile), NUM_PROCESSES="")
     assert ended.code == 0, ended.text

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.exports import REPOSITORY  # noqa: E402
-from support.faulty_runs import MOST_SECONDS, bytes_read, staged, weights  # noqa: E402
-from support.launched import LAYOUT, died_at, wait_until_gone  # noqa: E402
-from support.own_slurm import Slurm, running_slurm, why_not  # noqa: E402
+from support.exports import REPOSITORY
+from support.faulty_runs import MOST_SECONDS, bytes_read, staged, weights
+from support.launched import LAYOUT, died_at, wait_until_gone
+from support.own_slurm import Slurm, running_slurm, why_not
 
 SCRIPT = REPOSITORY / "launch" / "export.sbatch"
 FOUR = ("--nodes", 1, "--ntasks-per-node", 4, "--cpus-per-task", 1)

@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from support.exports import REPOSITORY  # noqa: E402
-from support.faulty_runs import MOST_SECONDS, weights  # noqa: E402
-from support.launched import LAYOUT, Ended, finish, start  # noqa: E402
+from support.exports import REPOSITORY
+from support.faulty_runs import MOST_SECONDS, weights
+from support.launched import LAYOUT, Ended, finish, start
 
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 

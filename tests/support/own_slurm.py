@@ -1,4 +1,4 @@
-"""A Slurm of the tests' own: munged, slurmctld and slurmd in the foreground, in one folder, on free ports, no systemd."""
+"""A Slurm of the tests' own: munged, slurmctld and slurmds in the foreground, in one folder, on free ports."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+_UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC", "SLURM_", "OMPI_", "PMI")
 
 _CONFIGURATION = """
@@ -94,8 +95,9 @@ class Slurm:
     def wait(self, number: int, *, limit_s: float = 90.0) -> dict[str, str]:
         """Wait for a job's end; AssertionError with its logs' tail when it does not come."""
         deadline = time.monotonic() + limit_s
-        while (job := self.job(number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
-            assert time.monotonic() < deadline, (job, [path.read_text()[-2000:] for path in self.folder.glob("slurmd*.log")])
+        while (job := self.job(number))["JobState"] in _UNFINISHED:
+            logs = "".join(path.read_text()[-2000:] for path in self.folder.glob("slurmd*.log"))
+            assert time.monotonic() < deadline, (job, logs)
             time.sleep(0.1)
         return job
 
