@@ -290,7 +290,7 @@ class ExportSession:
         self.group.enter_phase("publish")
         files = [file_entries(plan, self.job.numbered(plan), collected.runs) for plan in self.job.plans]
         if self.checkpoint.fingerprint() != self.source_fingerprint:
-            raise ExportError(f"{self.checkpoint.index.folder}: its files changed while they were exported; start again")
+            raise ExportError(f"{self.checkpoint.index.folder}: files changed during the export; start it again")
         folder = self.staging.finish()
         remove_journals(folder)
         for plan, entries in zip(self.job.plans, files, strict=True):

@@ -4,8 +4,8 @@
 #     bash launch/export_mpi.sh CHECKPOINT OUTPUT --tp 4 --pp 2          starts mpirun
 #     mpirun -np 8 launch/export_mpi.sh CHECKPOINT OUTPUT --tp 4 --pp 2  is one rank of it
 #
-# The arguments are those of launch/export.py. MPI starts the processes; it carries no data. Started by mpirun itself,
-# mpirun says which rank was killed; started here, the export does, since mpirun then leaves the end to the ranks.
+# The arguments are those of launch/export.py. MPI starts the processes; it carries no data. When a rank is killed,
+# Open MPI started here gives the others time to say which; MPICH ends them at once and says itself what was killed.
 # Variables:
 #   NUM_PROCESSES   processes in all (default: the hostfile's slots, else this machine's cores)
 #   HOSTFILE        one host per line, "node1 slots=8" or "node1:8"; the first one runs rank 0
@@ -93,7 +93,6 @@ case $version in
     [[ -n ${HOSTFILE:-} ]] && command+=(-f "$HOSTFILE")
     list=$(IFS=,; echo "${forwarded[*]}")
     command+=(-genvlist "$list")
-    [[ $version == *Intel* ]] || command+=(-disable-auto-cleanup) # the ranks find out who failed, say so and end
     ;;
 esac
 read -ra more <<<"${MPIRUN_ARGS:-}"

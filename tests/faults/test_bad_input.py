@@ -155,7 +155,8 @@ def test_no_such_folder_a_file_and_an_iteration_that_is_not_there(
     (tmp_path / "a").mkdir()
     refused(tmp_path / "nowhere", tmp_path / "a", earlier_export, "nowhere: no such file or folder")
     (tmp_path / "b").mkdir()
-    refused(checkpoint / "common.pt", tmp_path / "b", earlier_export, "common.pt: not a folder and not a .nemo archive; give a Megatron --save")
+    message = "common.pt: not a folder and not a .nemo archive; give a Megatron --save"
+    refused(checkpoint / "common.pt", tmp_path / "b", earlier_export, message)
     (tmp_path / "c").mkdir()
     message = r"iter_0000011: no such folder; .* holds iter_0000010"
     refused(checkpoint.parent, tmp_path / "c", earlier_export, message, "--iteration", 11)
