@@ -7,17 +7,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_export import __version__
+from dist_export.arguments import (
+    add_export_arguments,
+    add_source_arguments,
+    add_target_arguments,
+    add_verify_arguments,
+    make_job,
+    source_of,
+)
 from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
-
-if TYPE_CHECKING:
-    from dist_export.api import OpenedModel, Source, TargetOptions
-    from dist_export.checkpoint.open import Checkpoint
-    from dist_export.plan.job import ExportJob
 
 EPILOG = """examples:
   dist-export inspect /checkpoints/run1
@@ -25,29 +26,6 @@ EPILOG = """examples:
   dist-export export  /checkpoints/run1 /exports/run1 --tp 4 --pp 2
   torchrun --nproc-per-node 8 launch/export.py /checkpoints/run1 /exports/run1 --tp 4 --pp 2
 """
-
-_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def parse_size(text: str) -> int:
-    """``512m``, ``1GiB`` or ``1073741824`` -> bytes."""
-    lowered = text.strip().lower().removesuffix("ib").removesuffix("b")
-    number, suffix = (lowered[:-1], lowered[-1:]) if lowered[-1:] in _SUFFIXES else (lowered, "")
-    try:
-        size = int(float(number) * _SUFFIXES[suffix])
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512m or 2g")
-    return size
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
 
 def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     """The parser of all commands."""
@@ -60,79 +38,15 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dist-export {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="what is in a checkpoint: model, layout, sizes, provenance")
-    _add_source(inspect)
+    add_source_arguments(inspect)
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     plan = commands.add_parser("plan", help="dry run: what every rank would read and write, and every problem")
-    _add_source(plan)
-    _add_target(plan)
+    add_source_arguments(plan)
+    add_target_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
-    _add_verify(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
+    add_verify_arguments(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
     return parser
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what was exported")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the export; of several targets each is verified")
-    parser.add_argument("--levels", nargs="+", choices=("checksums", "coverage", "rebuild"),
-                        help="default: all; rebuild compares every byte with the checkpoint")  # fmt: skip
-    parser.add_argument("--logits", action="store_true", help="also run tokens through both models (needs torch, "
-                        "megatron-core, and transformers for hf)")  # fmt: skip
-    parser.add_argument("--tokens", type=Path, metavar="FILE", help="--logits: token ids, one sequence per line")
-    parser.add_argument("--sha256", action="store_true", help="print SHA-256 of every file, for evidence")
-    parser.add_argument("--num-processes", type=positive, metavar="N", help="default: cores")
-    parser.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-
-
-def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = False) -> None:
-    """Arguments of an export; the same whoever starts the processes."""
-    _add_source(parser)
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create; its parent must exist")
-    _add_target(parser)
-    run = parser.add_argument_group("running")
-    if not launched:
-        run.add_argument("--num-processes", type=positive, metavar="N", help="default: target ranks, at most cores")
-    run.add_argument("--resume", action="store_true", help="go on where the same export was stopped, if it was")
-    run.add_argument("--overwrite", action="store_true", help="replace an export at OUTPUT once the new one is whole")
-    run.add_argument("--host-memory", type=parse_size, metavar="SIZE",
-                     help="buffers per process, default 1g or what a container's limit allows")  # fmt: skip
-    run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
-    run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
-    run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
-    run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
-                        help="Megatron --save folder (its latest iteration) or an iter_ folder")  # fmt: skip
-    source = parser.add_argument_group("source")
-    source.add_argument("--iteration", type=positive, metavar="N", help="this iteration instead of the latest")
-    source.add_argument("--family", metavar="NAME", help="model family, where it is not to be found out")
-    source.add_argument("--vocab-size", type=positive, metavar="N", help="the tokenizer's true vocabulary size")
-    source.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with model configuration fields")
-    source.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="one field; repeatable")
-
-
-def _add_target(parser: argparse.ArgumentParser) -> None:
-    target = parser.add_argument_group("target")
-    target.add_argument("--target", action="append", choices=("trtllm", "hf"),
-                        help="trtllm (default) or hf; given twice, both in one pass, in subfolders")  # fmt: skip
-    target.add_argument("--hf-reference", type=Path, metavar="DIR",
-                        help="hf: a folder of the same model to take configuration and tokenizer from")  # fmt: skip
-    target.add_argument("--tokenizer", type=Path, metavar="DIR", help="hf: a folder with tokenizer files")
-    target.add_argument("--max-file-size", type=parse_size, default=5 << 30, metavar="SIZE",
-                        help="hf: largest file, default 5g")  # fmt: skip
-    target.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor parallel size, default 1")
-    target.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline parallel size, default 1")
-    target.add_argument("--moe-ep", type=positive, default=1, metavar="N",
-                        help="expert parallel size, a divisor of tp; default 1")  # fmt: skip
-    target.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
-                        help="element type of the export, default bfloat16")  # fmt: skip
-    target.add_argument("--trtllm-version", metavar="X.Y", help="export for this release; default: 0.12 to 1.2")
-    target.add_argument("--no-parallel-embedding", action="store_true", help="every rank holds the whole embedding")
-    target.add_argument("--embedding-sharding-dim", type=int, default=0, choices=(0, 1),
-                        help="0 vocabulary (default), 1 hidden")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,77 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.OK
-
-
-def source_of(options: argparse.Namespace) -> Source:
-    """The source a command line names."""
-    from dist_export.api import Source
-    from dist_export.models.resolve import overrides_from_file, parse_override
-
-    overrides = overrides_from_file(options.config) if options.config else {}
-    for assignment in options.set:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ExportError(f"--set {assignment}: expected FIELD=VALUE")
-        overrides[name] = (parse_override(name, text), "command line")
-    if options.vocab_size:
-        overrides["vocab_size"] = (options.vocab_size, "command line")
-    elif getattr(options, "hf_reference", None) and "vocab_size" not in overrides:
-        from dist_export.targets.huggingface.reference import Reference
-
-        size = Reference.read(options.hf_reference).vocab_size
-        if size is not None:
-            overrides["vocab_size"] = (size, f"Hugging Face reference {options.hf_reference}")
-    return Source(
-        checkpoint=options.checkpoint, iteration=options.iteration, overrides=overrides, family=options.family
-    )
-
-
-def targets_of(options: argparse.Namespace) -> list[TargetOptions]:
-    """The targets a command line names, each once, in the order given."""
-    from dist_export.targets.huggingface.target import HuggingFaceOptions
-    from dist_export.targets.trtllm.tables import EmbeddingSharding
-    from dist_export.targets.trtllm.target import TrtllmOptions
-
-    trtllm = TrtllmOptions(
-        tp_size=options.tp,
-        pp_size=options.pp,
-        moe_ep_size=options.moe_ep,
-        dtype=options.dtype,
-        embedding=EmbeddingSharding(not options.no_parallel_embedding, options.embedding_sharding_dim),
-        release=options.trtllm_version,
-    )
-    huggingface = HuggingFaceOptions(
-        dtype=options.dtype,
-        file_bytes=options.max_file_size,
-        reference=str(options.hf_reference.absolute()) if options.hf_reference else None,
-        tokenizer=str(options.tokenizer.absolute()) if options.tokenizer else None,
-    )
-    made: dict[str, TargetOptions] = {"trtllm": trtllm, "hf": huggingface}
-    return [made[name] for name in dict.fromkeys(options.target or ["trtllm"])]
-
-
-def make_job(
-    options: argparse.Namespace, checkpoint: Checkpoint | None = None
-) -> tuple[OpenedModel, ExportJob]:
-    """The checkpoint (opened here unless it is given) and the plans that a command line asks for."""
-    from dist_export import api
-
-    source = source_of(options)
-    model = api.open_model(source, checkpoint)
-    return model, api.plan_job(model, targets_of(options), family=source.family)
-
-
-def request_of(options: argparse.Namespace) -> dict[str, object]:
-    """What was asked of the source, as plain values for the manifest."""
-    from dataclasses import asdict, is_dataclass
-
-    source = source_of(options)
-    plain = {
-        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        for name, (value, _) in source.overrides.items()
-    }
-    return {"iteration": source.iteration, "family": source.family, "overrides": plain}
 
 
 def _inspect(options: argparse.Namespace) -> int:

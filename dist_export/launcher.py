@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_export import report
-from dist_export.cli import add_export_arguments, make_job, request_of
+from dist_export.arguments import add_export_arguments, make_job, request_of
 from dist_export.errors import ExportError
 from dist_export.runtime import publication
 from dist_export.runtime.events import Reporter
