@@ -18,7 +18,7 @@ from support.exports import REPOSITORY, config_of, export, run_command, tensors_
 from support.small_models import GPT, LLAMA, small_model  # noqa: E402
 from support.torch_dist import megatron_chunks, write_torch_dist  # noqa: E402
 
-from dist_export.arguments import parse_size, positive
+from dist_export.arguments import parse_size, positive  # noqa: E402
 
 MODEL = small_model(LLAMA)
 

@@ -142,17 +142,26 @@ def test_a_source_file_that_disappears_before_it_is_opened(long_checkpoint: Path
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_source_file_that_disappears_while_it_is_open_is_read_to_its_end(
-    long_checkpoint: Path, tmp_path: Path, undisturbed: Undisturbed
+@pytest.mark.parametrize("fault", ["removed", "rewritten"])
+def test_a_checkpoint_that_changes_while_it_is_exported_is_not_published(
+    fault: str, long_checkpoint: Path, tmp_path: Path
 ) -> None:
-    checkpoint, output = tmp_path / "iter_0000010", tmp_path / "out"
+    checkpoint, output = tmp_path / "iter_0000010", tmp_path / "exports" / "out"
+    output.parent.mkdir()
     shutil.copytree(long_checkpoint, checkpoint)
     process = start(checkpoint, output, *SLOW, pace=0.05)
     wait_until_writing(process)
-    time.sleep(0.3)  # the other rank has opened it too
-    (checkpoint / "__0_0.distcp").unlink()
-    assert finish(process).code == 0
-    assert weights(output) == weights(undisturbed(*LAYOUT))
+    time.sleep(0.3)  # the other rank has opened it too, so that reading it goes on
+    file = checkpoint / "__0_0.distcp"
+    data = file.read_bytes()
+    file.unlink()
+    if fault == "rewritten":
+        file.write_bytes(data)
+    ended = finish(process)
+    assert ended.code == 2
+    expected = "__0_0.distcp: No such file" if fault == "removed" else "files changed during the export"
+    assert len(ended.causes) == 1 and expected in ended.causes[0], ended.err
+    assert list(output.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("point", ["moved", "config"])

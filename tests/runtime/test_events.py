@@ -65,7 +65,8 @@ def test_a_killed_rank(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_progress_file_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
-    process = run_command("export", checkpoint, tmp_path / "out", "--progress-file", tmp_path / "none" / "progress.json")
+    progress = tmp_path / "none" / "progress.json"
+    process = run_command("export", checkpoint, tmp_path / "out", "--progress-file", progress)
     assert process.returncode == 2
     assert "progress.json: cannot write: No such file or directory" in process.stderr
     assert not (tmp_path / "out").exists()
