@@ -31,6 +31,8 @@ class Source:
     overrides: Mapping[str, tuple[object, str]] = field(default_factory=dict)
     """Configuration field -> (value, where it was given)."""
     family: str | None = None
+    index_cache: Path | None = None
+    """A file to keep the parsed metadata in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,9 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
 
     Raises `ExportError` when it cannot be read or its configuration is contradictory or incomplete.
     """
-    checkpoint = checkpoint or open_checkpoint(source.checkpoint, iteration=source.iteration)
+    checkpoint = checkpoint or open_checkpoint(
+        source.checkpoint, iteration=source.iteration, index_cache=source.index_cache
+    )
     catalog = SourceCatalog(checkpoint.index.shapes())
     resolved = resolve_config(
         arguments=checkpoint.arguments,

@@ -75,6 +75,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Megatron --save folder (its latest iteration) or an iter_ folder")  # fmt: skip
     source = parser.add_argument_group("source")
     source.add_argument("--iteration", type=positive, metavar="N", help="this iteration instead of the latest")
+    source.add_argument("--index-cache", type=Path, metavar="FILE",
+                        help="keep the parsed metadata in this file and take it from there")  # fmt: skip
     source.add_argument("--family", metavar="NAME", help="model family, where it is not to be found out")
     source.add_argument("--vocab-size", type=positive, metavar="N", help="the tokenizer's true vocabulary size")
     source.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with model configuration fields")
@@ -123,7 +125,11 @@ def source_of(options: argparse.Namespace) -> Source:
         if size is not None:
             overrides["vocab_size"] = (size, f"Hugging Face reference {options.hf_reference}")
     return Source(
-        checkpoint=options.checkpoint, iteration=options.iteration, overrides=overrides, family=options.family
+        checkpoint=options.checkpoint,
+        iteration=options.iteration,
+        overrides=overrides,
+        family=options.family,
+        index_cache=options.index_cache,
     )
 
 

@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if group.rank == 0:
             reporter.check()
         with reporter.watch(group, output=str(options.output.absolute())):
-            checkpoint = open_shared(options.checkpoint, group, iteration=options.iteration)
+            checkpoint = open_shared(
+                options.checkpoint, group, iteration=options.iteration, index_cache=options.index_cache
+            )
             model, job = make_job(options, checkpoint)
             run = run_options(options, num_processes=group.world.local_world_size)
             return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)), reporter)

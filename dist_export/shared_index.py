@@ -27,18 +27,20 @@ class _Published:
     num_bytes: int
 
 
-def open_shared(path: Path, group: Group, *, iteration: int | None = None) -> Checkpoint:
+def open_shared(
+    path: Path, group: Group, *, iteration: int | None = None, index_cache: Path | None = None
+) -> Checkpoint:
     """As `open_checkpoint`, with the metadata parsed once per node. All ranks of `group` call it.
 
     Where a process cannot map the table (no /proc, another container), it reads the metadata itself. Raises
     `ExportError` on the process that reads, when the checkpoint is at fault, and PeerFailedError on the others.
     """
     if group.world_size == 1:
-        return open_checkpoint(path, iteration=iteration)
+        return open_checkpoint(path, iteration=iteration, index_cache=index_cache)
     descriptor, mine, checkpoint = -1, None, None
     try:
         if group.world.local_rank == 0:
-            checkpoint = open_checkpoint(path, iteration=iteration)
+            checkpoint = open_checkpoint(path, iteration=iteration, index_cache=index_cache)
             if group.world.local_world_size > 1:
                 table = checkpoint.index.to_bytes()
                 descriptor = _sealed_memory(table)

@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_export.checkpoint import bridge, nemo, nemo2
 from dist_export.checkpoint.formats import WEIGHT_FORMATS, Format
 from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.checkpoint.index_cache import cached_index
 from dist_export.checkpoint.pickles import Record
 from dist_export.errors import ExportError
 
@@ -83,15 +84,18 @@ def find_iteration(path: Path, *, iteration: int | None = None) -> Path:
     return _numbered(path, int(text))
 
 
-def open_checkpoint(path: Path, *, iteration: int | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, *, iteration: int | None = None, index_cache: Path | None = None) -> Checkpoint:
     """Open the checkpoint at `path` by looking at what is there. Reads metadata only, never weights.
+
+    With `index_cache` the chunk table is taken from that file, or kept there for the next time.
 
     Raises `ExportError` when it is not a checkpoint, not of a known format, unfinished or damaged.
     """
     folder = find_iteration(path, iteration=iteration)
     for known in FORMATS:
         if known.recognises(folder):
-            return checkpoint_of(known.read_index(folder))
+            read = known.read_index
+            return checkpoint_of(cached_index(folder, index_cache, read) if index_cache else read(folder))
     raise ExportError(_unrecognised(folder))
 
 

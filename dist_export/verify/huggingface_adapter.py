@@ -89,6 +89,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         raise ExportError(INSTALL_HINT) from error
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
