@@ -65,6 +65,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
                      help="buffers per process, default 1g or what a container's limit allows")  # fmt: skip
     run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
+    run.add_argument("--sha256", action="store_true", help="SHA-256 of every file in the manifest, for evidence")
     run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
     run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
 

@@ -30,6 +30,7 @@ def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOp
         resume=options.resume,
         host_memory=options.host_memory or default_host_memory(num_processes),
         num_threads=options.num_threads,
+        sha256=options.sha256,
         device=options.device,
     )
 

@@ -29,6 +29,8 @@ class RankReport:
     peak_memory: int = 0
     memory_at_start: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    """File number -> SHA-256, where asked for."""
     runs: dict[str, list[list[int]]] = field(default_factory=dict)
     """"file/tensor" numbers -> [[offset, length, crc32], …], neighbours merged."""
 
@@ -58,29 +60,31 @@ class CollectedReports:
     reports: list[RankReport] = field(default_factory=list)
     runs: dict[str, list[Run]] = field(default_factory=dict)
     """By "file/tensor"."""
+    sha256: dict[str, str] = field(default_factory=dict)
 
     def add(self, _rank: int, data: bytes) -> None:
         """Take over one rank's encoded report."""
         report = RankReport.decode(data)
         for key, runs in report.runs.items():
             self.runs.setdefault(key, []).extend((run[0], run[1], run[2]) for run in runs)
+        self.sha256 |= report.sha256
         report.runs = {}
         self.reports.append(report)
 
 
-def file_entries(plan: ExportPlan, numbers: range, runs: Mapping[str, list[Run]]) -> dict[str, object]:
+def file_entries(plan: ExportPlan, numbers: range, collected: CollectedReports) -> dict[str, object]:
     """Per output file its size and tensors with checksums. `numbers` are the job's numbers of the plan's files.
 
     Raises `ExportError` naming every tensor of which some byte was not written, or written twice.
     """
     faults = Faults("the export is not whole")
-    files: dict[str, object] = {}
+    files: dict[str, dict[str, object]] = {}
     for number, shard in zip(numbers, plan.each_shard(), strict=True):
         tensors = {}
         for index, tensor in enumerate(shard.tensors):
             where = f"{shard.file_name}: {tensor.name}"
             crc = checksum_of(
-                runs.get(f"{number}/{index}", ()), name=where, num_bytes=tensor.num_bytes, faults=faults
+                collected.runs.get(f"{number}/{index}", ()), name=where, num_bytes=tensor.num_bytes, faults=faults
             )
             tensors[tensor.name] = {
                 "dtype": tensor.dtype.name,
@@ -91,8 +95,10 @@ def file_entries(plan: ExportPlan, numbers: range, runs: Mapping[str, list[Run]]
             }
         size = len(shard.header) + shard.num_data_bytes
         files[shard.file_name] = {"num_bytes": size, "tensors": tensors}
+        if str(number) in collected.sha256:
+            files[shard.file_name]["sha256"] = collected.sha256[str(number)]
     faults.raise_if_any()
-    return files
+    return dict(files)
 
 
 def build_manifest(

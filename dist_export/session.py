@@ -6,6 +6,7 @@ that fails raises; the group makes every other rank stop within seconds, and not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import time
@@ -54,6 +55,8 @@ class RunOptions:
     host_memory: int = 1 << 30
     """Bytes for buffers, per process."""
     num_threads: int = 2
+    sha256: bool = False
+    """Put SHA-256 of every tensor file into the manifest: reads each file back."""
     device: str = "auto"
     """For value operations: ``auto`` (a GPU where there is one), ``cpu`` or a torch device."""
 
@@ -211,6 +214,8 @@ class ExportSession:
                 self.group.barrier("files written")
                 for number in owned:
                     outputs[number].finish()
+                    if self.options.sha256:
+                        self.report.sha256[str(number)] = self._digest(staging / self.job.path(number))
         finally:
             journal.close()
             executor.sources.close()
@@ -219,6 +224,15 @@ class ExportSession:
         self.report.bytes_read = executor.sources.num_bytes_read
         self.report.bytes_written = sum(output.num_bytes_written for output in outputs.values())
         return executor
+
+    def _digest(self, path: Path) -> str:
+        """SHA-256 of a finished file, hexadecimal."""
+        state = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                state.update(block)
+                self.group.check()
+        return state.hexdigest()
 
     def _create_files(self, staging: Path, owned: Sequence[int], *, resumed: bool) -> dict[TensorKey, list[Run]]:
         """Create the files this process owns; those of an earlier run stay. Returns their confirmed runs."""
@@ -288,7 +302,7 @@ class ExportSession:
         """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
         assert self.staging is not None
         self.group.enter_phase("publish")
-        files = [file_entries(plan, self.job.numbered(plan), collected.runs) for plan in self.job.plans]
+        files = [file_entries(plan, self.job.numbered(plan), collected) for plan in self.job.plans]
         if self.checkpoint.fingerprint() != self.source_fingerprint:
             raise ExportError(f"{self.checkpoint.index.folder}: files changed during the export; start it again")
         folder = self.staging.finish()

@@ -1,10 +1,12 @@
 """Hugging Face exports equal, tensor by tensor, the model that each checkpoint came from."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
-from support.exports import config_of, export, fingerprints
+import torch
+from support.exports import config_of, export, fingerprints, run_command
 
 HERE = Path(__file__).parent
 EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "expected_huggingface").glob("*.json"))}
@@ -75,3 +77,25 @@ def test_both_targets_in_one_pass_equal_the_single_ones(tmp_path):
         files = sorted(path.name for path in other.iterdir() if path.name != "export_manifest.json")
         assert files == sorted(path.name for path in one.iterdir() if path.name != "export_manifest.json")
         assert all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("options", [(), ("--max-file-size", "150k")], ids=["one file", "several files"])
+@pytest.mark.parametrize("checkpoint", ["llama_core_0_16_tp2pp2", "gpt2_core_0_16_tp2", "mixtral_core_0_16_pp2ep2"])
+def test_transformers_loads_it_with_nothing_missing_or_unexpected(checkpoint, options, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    output = export(HERE / "checkpoints" / checkpoint, tmp_path / "out", "--target", "hf", *options)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(output, output_loading_info=True, dtype="auto")
+    assert {kind: list(names) for kind, names in info.items() if names} == {}
+    assert model.dtype == torch.bfloat16
+    tokens = torch.arange(8)[None]
+    assert torch.isfinite(model(input_ids=tokens).logits).all()
+
+
+def test_sha256_of_the_files_is_in_the_manifest_when_asked_for(tmp_path):
+    checkpoint = HERE / "checkpoints" / "llama_core_0_16_tp2pp2"
+    output = export(checkpoint, tmp_path / "out", "--target", "hf", "--sha256", "--max-file-size", "200k")
+    files = json.loads((output / "export_manifest.json").read_text())["files"]
+    assert len(files) == 2
+    for name, entry in files.items():
+        assert entry["sha256"] == hashlib.sha256((output / name).read_bytes()).hexdigest()
+    assert run_command("verify", checkpoint, output, "--sha256").returncode == 0

@@ -95,3 +95,16 @@ def test_a_smaller_budget_makes_smaller_buffers(tmp_path: Path) -> None:
     print("memory growth by budget", growth)
     assert all(used <= budget + (4 << 20) for budget, used in growth.items())  # the interpreter's own on top
     assert growth[4 << 20] < growth[64 << 20]
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_two_targets_in_one_pass_read_no_source_byte_twice(tmp_path: Path, num_processes: int) -> None:
+    model = small_model({**LLAMA, **WIDE})
+    checkpoint = write_torch_dist(tmp_path / "c", model.tensors, args=model.args, chunks=megatron_chunks(tp=2))
+    options = ("--target", "trtllm", "--target", "hf", "--tp", 2, "--num-processes", num_processes)
+    process = run_command("export", checkpoint, tmp_path / "out", *options)
+    assert process.returncode == 0, process.stderr
+    statistics = json.loads((tmp_path / "out" / "hf" / "export_manifest.json").read_text())["run"]["processes"]
+    weights = sum(tensor.nbytes for tensor in model.tensors.values())
+    assert sum(each["bytes_read"] for each in statistics) <= 1.02 * weights
+    assert sum(each["bytes_written"] for each in statistics) > 1.9 * weights
