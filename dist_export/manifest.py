@@ -35,6 +35,11 @@ class RankReport:
     """"file/tensor" numbers -> [[offset, length, crc32], …], neighbours merged."""
 
     @property
+    def working_seconds(self) -> float:
+        """From the first byte read to the last byte on disk."""
+        return self.seconds.get("transfer", 0.0) + self.seconds.get("sync", 0.0)
+
+    @property
     def memory_growth(self) -> int:
         """Peak resident size above that before the work began, in bytes."""
         return max(self.peak_memory - self.memory_at_start, 0)

@@ -154,7 +154,7 @@ def plan_text(summary: Mapping[str, Any]) -> str:
 
 def closing_text(job: ExportJob, output: Path, reports: Sequence[RankReport]) -> str:
     """The table at the end of an export, and the next command to run."""
-    seconds = max(report.seconds.get("transfer", 0.0) for report in reports)
+    seconds = max(report.working_seconds for report in reports)
     rows: list[tuple[object, ...]] = [("process", "needed", "read", "from disk", "written", "memory", "seconds")]
     rows += [
         (
@@ -164,7 +164,7 @@ def closing_text(job: ExportJob, output: Path, reports: Sequence[RankReport]) ->
             format_bytes(report.bytes_read_from_disk),
             format_bytes(report.bytes_written),
             f"{format_bytes(report.peak_memory)} (+{format_bytes(report.memory_growth)})",
-            f"{report.seconds.get('transfer', 0.0):.2f}",
+            f"{report.working_seconds:.2f}",
         )
         for report in reports
     ]
