@@ -47,6 +47,11 @@ def qkv_bias(config: ModelConfig) -> bool:
     return config.qkv_bias
 
 
+def any_bias(config: ModelConfig) -> bool:
+    """Some linear layer has a bias. Targets have one switch for several layers: those without one get zeros."""
+    return config.qkv_bias or config.linear_bias
+
+
 def norm_rules(sources: tuple[str, ...], logical: str) -> tuple[SourceRule, ...]:
     """Weight and bias of a norm that any one of `sources` may hold (without ``weight``/``bias``)."""
     return tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceCatalog
@@ -16,6 +16,7 @@ class ExportJob:
     """Export plans of one checkpoint. Their files are numbered through, in order of the plans."""
 
     plans: tuple[ExportPlan, ...]
+    _left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         folders = [plan.folder for plan in self.plans]
@@ -70,5 +71,10 @@ class ExportJob:
         return hashlib.sha256("".join(plan.digest() for plan in self.plans).encode()).hexdigest()
 
     def validate(self) -> dict[str, dict[str, int]]:
-        """Per target what is left out of the source and why; `ExportError` for anything lost."""
-        return {plan.target: validate(plan) for plan in self.plans}
+        """Per target what is left out of the source and why; `ExportError` for anything lost.
+
+        Done once: processes forked afterwards have the answer.
+        """
+        if not self._left_out:
+            self._left_out.update({plan.target: validate(plan) for plan in self.plans})
+        return self._left_out

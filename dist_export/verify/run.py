@@ -93,7 +93,7 @@ def plan_from_manifest(model: OpenedModel, manifest: Mapping[str, Any]) -> Expor
     name, options = request.get("target"), request.get("options")
     makers: dict[object, Callable[[Mapping[str, object]], TargetOptions]] = {
         TRTLLM: TrtllmOptions.from_plain,
-        HUGGING_FACE: _hugging_face_options,
+        HUGGING_FACE: HuggingFaceOptions.from_plain,
     }
     if name not in makers or not isinstance(options, dict):
         raise ExportError(f"{MANIFEST}: request names no known target ({name!r}); known: {', '.join(map(str, makers))}")
@@ -102,13 +102,6 @@ def plan_from_manifest(model: OpenedModel, manifest: Mapping[str, Any]) -> Expor
     except (TypeError, ValueError, AssertionError) as error:
         raise ExportError(f"{MANIFEST}: the options of {name} cannot be read: {error}") from error
     return plan(model, chosen, family=request.get("family"))
-
-
-def _hugging_face_options(values: Mapping[str, object]) -> HuggingFaceOptions:
-    maker = getattr(HuggingFaceOptions, "from_plain", None)
-    made = maker(values) if maker else HuggingFaceOptions(**values)  # type: ignore[arg-type]
-    assert isinstance(made, HuggingFaceOptions)
-    return made
 
 
 def verify_export(

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.conformance import CHECKPOINTS
 from support.exports import config_of, export, fingerprints, run_command
 
 HERE = Path(__file__).parent
 EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "expected_huggingface").glob("*.json"))}
-CHECKPOINTS = {
-    "llama_core_0_16_tp2pp2": "llama",
-    "llama_main_2026_08_tp4": "llama",
-    "gpt2_core_0_16_tp2": "gpt2",
-    "llama_legacy_core_0_16_pp2vpp2": "llama",
-    "gpt2_legacy_core_0_16_tp2": "gpt2",
-    "mixtral_core_0_16_pp2ep2": "mixtral",
-}
 #: What transformers writes of itself, of training, or of a tokenizer that a checkpoint does not hold.
 NOT_COMPARED = {
     *("transformers_version", "dtype", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp"),

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.conformance import CHECKPOINTS
 from support.exports import config_of, export, fingerprints, tensors_of
 
 HERE = Path(__file__).parent
 EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "expected").glob("*.json"))}
-CHECKPOINTS = {
-    "llama_core_0_16_tp2pp2": "llama",
-    "llama_main_2026_08_tp4": "llama",
-    "gpt2_core_0_16_tp2": "gpt2",
-    "llama_legacy_core_0_16_pp2vpp2": "llama",
-    "gpt2_legacy_core_0_16_tp2": "gpt2",
-    "mixtral_core_0_16_pp2ep2": "mixtral",
-}
 #: Fields in which we may differ: the class name where both load, hints that no loader reads, and nested
 #: keys that some release would refuse.
 NOT_COMPARED = {"architecture", "gpt_variant", "moe"}

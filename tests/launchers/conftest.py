@@ -1,4 +1,4 @@
-"""A checkpoint large enough to be stopped within, what an undisturbed export makes of it, and faulty programs."""
+"""What an undisturbed export makes of the long checkpoint, and faulty programs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ from pathlib import Path
 import pytest
 from support.faulty_runs import PROGRAM
 from support.launched import LAYOUT
-
-
-@pytest.fixture(scope="session")
-def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 13 MB of float32, 200 tiles of 64 KiB."""
-    torch = pytest.importorskip("torch")
-    from support.small_models import LLAMA, small_model
-    from support.torch_dist import write_torch_dist
-
-    sizes = {"hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 8, "kv_channels": 32}
-    model = small_model(LLAMA, num_layers=2, padded_vocab_size=3072, dtype=torch.float32, **sizes)
-    folder = tmp_path_factory.mktemp("long") / "iter_0000010"
-    return write_torch_dist(folder, model.tensors, args=model.args)
 
 
 @pytest.fixture(scope="session")

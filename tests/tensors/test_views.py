@@ -2,25 +2,11 @@
 
 import numpy as np
 import pytest
+from support.views import run
 
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Box
 from dist_export.tensors.views import Piece, Slab, View, concatenate, stack
-
-
-def run(view: View, sources: dict[Slab, np.ndarray]) -> np.ndarray:
-    """Copy the pieces of a view; -1 marks what no piece wrote."""
-    result = np.full(view.shape, -1)
-    for piece in view.pieces:
-        here = tuple(slice(a, a + n) for a, n in zip(piece.box.start, piece.box.size, strict=True))
-        if piece.slab is None:
-            result[here] = 0
-            continue
-        size = piece.box.size[len(piece.box.size) - len(piece.source_start) :]
-        there = tuple(slice(a, a + n) for a, n in zip(piece.source_start, size, strict=True))
-        result[here] = sources[piece.slab][there].reshape(piece.box.size)
-    return result
-
 
 A, B = Slab("a"), Slab("b", (3,))
 SOURCES = {A: np.arange(1, 25).reshape(6, 4), B: np.arange(101, 125).reshape(6, 4)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from dist_export.errors import Faults
 from dist_export.models.config import ModelConfig
+from dist_export.models.megatron import any_bias
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -53,7 +54,7 @@ def _decoder_fields(model: ModelConfig) -> dict[str, object]:
         "head_dim": model.head_size,
         "hidden_act": ACTIVATIONS[model.activation],
         "max_position_embeddings": model.max_position_embeddings,
-        "attention_bias": model.qkv_bias or model.linear_bias,
+        "attention_bias": any_bias(model),
         "mlp_bias": model.linear_bias,
         "attention_dropout": 0.0,
         "rope_theta": model.rotary_base,

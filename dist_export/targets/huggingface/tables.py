@@ -7,17 +7,12 @@ nemotron/modeling_nemotron.py). Tensors are whole: these consumers divide them w
 from __future__ import annotations
 
 from dist_export.models.config import ModelConfig
-from dist_export.models.megatron import linear_bias, untied
+from dist_export.models.megatron import any_bias, linear_bias, untied
 from dist_export.models.rules import Condition, Input, Scope, TargetRule, always
 from dist_export.models.value_ops import ValueOp, ValueOps, no_value_ops
 
 LAYER = "model.layers.{layer}."
 LOGICAL = "layers.{layer}."
-
-
-def any_bias(config: ModelConfig) -> bool:
-    """transformers' attention_bias governs q, k, v and o together; a missing one of them is zero."""
-    return config.qkv_bias or config.linear_bias
 
 
 def minus_one(config: ModelConfig) -> tuple[ValueOp, ...]:

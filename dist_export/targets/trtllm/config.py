@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 from dist_export.errors import Faults
 from dist_export.models.config import ModelConfig
+from dist_export.models.megatron import any_bias
 from dist_export.plan.layout import TargetLayout
-from dist_export.targets.trtllm.tables import EmbeddingSharding, any_bias
+from dist_export.targets.trtllm.tables import EmbeddingSharding
 
 GPUS_PER_NODE = 8  # Mapping's own default; only used for topology hints
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_export.models.config import ModelConfig
-from dist_export.models.megatron import gated, layer_norm, learned_positions, linear_bias, not_gated
+from dist_export.models.megatron import any_bias, gated, layer_norm, learned_positions, linear_bias, not_gated
 from dist_export.models.rules import Condition, Input, Scope, TargetRule, always
 from dist_export.models.shard_ops import COLUMN, HEADS, KEY_VALUE_HEADS, REPLICATE, ROW, ShardOp, Slice, SlicePadded
 
@@ -30,11 +29,6 @@ class EmbeddingSharding:
         if not self.parallel:
             return REPLICATE
         return SlicePadded(lambda config: int(getattr(config, rows))) if self.dim == 0 else Slice(1)
-
-
-def any_bias(config: ModelConfig) -> bool:
-    """Some linear layer has a bias. The classes below have one switch for several layers, so the others get zeros."""
-    return config.qkv_bias or config.linear_bias
 
 
 COLUMN_PARALLEL = (COLUMN, COLUMN)

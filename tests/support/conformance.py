@@ -1,0 +1,10 @@
+"""The real checkpoints of tests/conformance/checkpoints, and the model in each: the name of its expected results."""
+
+CHECKPOINTS = {
+    "llama_core_0_16_tp2pp2": "llama",
+    "llama_main_2026_08_tp4": "llama",
+    "gpt2_core_0_16_tp2": "gpt2",
+    "llama_legacy_core_0_16_pp2vpp2": "llama",
+    "gpt2_legacy_core_0_16_tp2": "gpt2",
+    "mixtral_core_0_16_pp2ep2": "mixtral",
+}
