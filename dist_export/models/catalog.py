@@ -11,10 +11,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from typing import TYPE_CHECKING
 
 from dist_export.errors import Faults
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.views import Slab
+
+if TYPE_CHECKING:
+    from dist_export.models.low_rank import Updates
 
 _LAYERS = re.compile(r"^(?P<stack>decoder|mtp)\.layers\.(?:(?P<layer>\d+)\.)?(?P<rest>.*)$")
 _EXPERTS = re.compile(r"^(?P<head>.*\.experts\.experts\.)(?:(?P<expert>\d+)\.)?(?P<rest>.*)$")
@@ -103,6 +107,8 @@ class SourceCatalog:
     """Global name -> (shape, dtype name), weights only."""
     num_layers: int = 0
     """Layers seen under ``decoder.layers``."""
+    updates: Updates = field(default_factory=dict)
+    """What adapters add to slabs before anything else is made of them."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

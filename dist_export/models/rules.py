@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from dist_export.models.config import ModelConfig
 from dist_export.models.layout_ops import SAME, LayoutOp
@@ -88,6 +89,15 @@ class TargetRule:
         return "{expert}" in self.inputs[0].logical and "{expert}" not in self.target
 
 
+class Architecture(Protocol):
+    """A model class of a target. What else describes it is the target's business."""
+
+    @property
+    def name(self) -> str:
+        """As config.json has it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """A model family: what makes a model one of it, and how its tensors map."""
@@ -97,5 +107,6 @@ class Family:
     unmet: Callable[[ModelConfig], list[str]]
     """Why a configuration is not of this family; an empty list means it is."""
     source_rules: tuple[SourceRule, ...]
-    architectures: Mapping[str, str]
-    """Target name -> the architecture that serves the family there."""
+    architectures: Mapping[str, tuple[Architecture, ...]]
+    """Target name -> what serves the family there: the target's own description of a model class. Several where a
+    class changed between releases; a target that is missing cannot serve the family."""

@@ -25,7 +25,8 @@ def vocabulary_claim(arguments: Arguments | None, padded: Claim) -> tuple[Claim,
     if given is not None and arguments.has("should_pad_vocab"):
         return _provider(arguments, given, padded)
     if given is None:
-        return _unproven(padded, f"the size is that of the tokenizer ({tokenizer or 'not named'}), not saved")
+        named = f" ({tokenizer})" if tokenizer else ""
+        return _unproven(padded, f"the size is that of the tokenizer{named}, which the checkpoint does not say")
     if tokenizer in _NULL_TOKENIZERS:
         return _null_tokenizer(arguments, given, padded)
     if tokenizer == "TikTokenizer":  # cuts its vocabulary to the argument
