@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from dist_export.checkpoint.adapters import is_adapter
+from dist_export.checkpoint.calibration import with_calibration
 from dist_export.checkpoint.open import Checkpoint, open_checkpoint
+from dist_export.checkpoint.quantizer_names import quantizer_tensor
+from dist_export.families.registry import choose_family
+from dist_export.models.adapters import updates_of
 from dist_export.models.catalog import SourceCatalog
+from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
-from dist_export.models.registry import choose_family
+from dist_export.models.quantization import Quantization, QuantizerTensors
 from dist_export.models.resolve import resolve_config
+from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
+from dist_export.quantization import QuantizationOptions, States, decide, read_quantiser_states
 from dist_export.targets.huggingface import target as huggingface_target
 from dist_export.targets.huggingface.target import HuggingFaceOptions
 from dist_export.targets.trtllm import target as trtllm_target
@@ -33,6 +42,13 @@ class Source:
     family: str | None = None
     index_cache: Path | None = None
     """A file to keep the parsed metadata in."""
+    base: Path | None = None
+    """The model that the adapters of the checkpoint are merged into."""
+    master_weights: bool = False
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    calibration: Path | None = None
+    """A safetensors file with the amax values of quantisers."""
+    """Take the fp32 weights out of the optimizer's state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +58,16 @@ class OpenedModel:
     checkpoint: Checkpoint
     catalog: SourceCatalog
     resolved: ResolvedConfig
+    quantizers: QuantizerTensors
+    options: QuantizationOptions
+    _states: list[States] = field(default_factory=list)
+
+    def quantization(self, family: Family) -> Quantization | None:
+        """How its export quantises, None when it does not. Reads the quantisers' states on first use."""
+        if not self._states:
+            self._states.append(read_quantiser_states(self.checkpoint))
+        logical = LogicalModel(self.catalog, family.source_rules, self.resolved.config)
+        return decide(self._states[0], self.quantizers, logical, self.options)
 
 
 def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedModel:
@@ -50,24 +76,36 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
     Raises `ExportError` when it cannot be read or its configuration is contradictory or incomplete.
     """
     checkpoint = checkpoint or open_checkpoint(
-        source.checkpoint, iteration=source.iteration, index_cache=source.index_cache
+        source.checkpoint,
+        iteration=source.iteration,
+        index_cache=source.index_cache,
+        base=source.base,
+        master_weights=source.master_weights,
     )
-    catalog = SourceCatalog(checkpoint.index.shapes())
+    if source.calibration is not None:
+        checkpoint = replace(checkpoint, index=with_calibration(checkpoint.index, source.calibration))
+    shapes = checkpoint.index.shapes()
+    model = {n: each for n, each in shapes.items() if not is_adapter(n) and quantizer_tensor(n) is None}
+    catalog = SourceCatalog(model)
+    quantizers = QuantizerTensors.of(shapes, lambda name: checkpoint.index.tensors[name].num_chunks)
     resolved = resolve_config(
         arguments=checkpoint.arguments,
         shapes=catalog.folded_shapes(),
         num_layers_found=catalog.num_layers,
         overrides=source.overrides,
     )
-    return OpenedModel(checkpoint, catalog, resolved)
+    if checkpoint.adapters is not None:
+        catalog.updates = updates_of(checkpoint.index, checkpoint.adapters, catalog, resolved.config)
+    return OpenedModel(checkpoint, catalog, resolved, quantizers, source.quantization)
 
 
 def plan(model: OpenedModel, options: TargetOptions, *, family: str | None = None, folder: str = ".") -> ExportPlan:
     """The plan of an export to one target. Pure; raises `ExportError` for what cannot be exported, and why."""
     chosen = choose_family(model.resolved.config, family)
+    more: dict[str, Any] = {"quantization": model.quantization(chosen), "folder": folder}
     if isinstance(options, HuggingFaceOptions):
-        return huggingface_target.plan_export(chosen, model.resolved, model.catalog, options, folder=folder)
-    return trtllm_target.plan_export(chosen, model.resolved, model.catalog, options, folder=folder)
+        return huggingface_target.plan_export(chosen, model.resolved, model.catalog, options, **more)
+    return trtllm_target.plan_export(chosen, model.resolved, model.catalog, options, **more)
 
 
 def plan_job(model: OpenedModel, targets: Sequence[TargetOptions], *, family: str | None = None) -> ExportJob:

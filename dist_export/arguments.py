@@ -40,6 +40,8 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of a verification."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what was exported")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the export; of several targets each is verified")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where the base model of adapters is now; "
+                        "default: where it was when they were merged")  # fmt: skip
     parser.add_argument("--levels", nargs="+", choices=("checksums", "coverage", "rebuild"),
                         help="default: all; rebuild compares every byte with the checkpoint")  # fmt: skip
     parser.add_argument("--logits", action="store_true", help="also run tokens through both models (needs torch, "
@@ -53,6 +55,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = False) -> None:
     """Arguments of an export; the same whoever starts the processes."""
+    parser.usage = "%(prog)s CHECKPOINT OUTPUT [options]"  # all of them would fill half a screen
     add_source_arguments(parser)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create; its parent must exist")
     add_target_arguments(parser)
@@ -63,6 +66,8 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
     run.add_argument("--overwrite", action="store_true", help="replace an export at OUTPUT once the new one is whole")
     run.add_argument("--host-memory", type=parse_size, metavar="SIZE",
                      help="buffers per process, default 1g or what a container's limit allows")  # fmt: skip
+    run.add_argument("--local-staging", type=Path, metavar="DIR",
+                     help="write to this folder of each node's own disk first, then gather")  # fmt: skip
     run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
     run.add_argument("--sha256", action="store_true", help="SHA-256 of every file in the manifest, for evidence")
@@ -78,6 +83,17 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--iteration", type=positive, metavar="N", help="this iteration instead of the latest")
     source.add_argument("--index-cache", type=Path, metavar="FILE",
                         help="keep the parsed metadata in this file and take it from there")  # fmt: skip
+    source.add_argument("--base", type=Path, metavar="DIR",
+                        help="the model that the adapters in CHECKPOINT belong to")  # fmt: skip
+    source.add_argument("--master-weights", action="store_true",
+                        help="take the fp32 weights out of the optimizer's state")  # fmt: skip
+    source.add_argument("--quantization", default="auto", choices=("auto", "none", "fp8", "nvfp4", "int8_wo", "int4_wo"),
+                        help="auto (default): as the checkpoint was quantised")  # fmt: skip
+    source.add_argument("--calibration", type=Path, metavar="FILE", help="safetensors with amax values of quantisers")
+    source.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
+                        help="Megatron modules that are not quantised; repeatable")  # fmt: skip
+    source.add_argument("--kv-cache", default="auto", choices=("auto", "none", "fp8", "int8"), help="its quantisation")
+    source.add_argument("--kv-cache-scale", type=float, metavar="X", help="of every layer, where none was calibrated")
     source.add_argument("--family", metavar="NAME", help="model family, where it is not to be found out")
     source.add_argument("--vocab-size", type=positive, metavar="N", help="the tokenizer's true vocabulary size")
     source.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with model configuration fields")
@@ -110,6 +126,7 @@ def source_of(options: argparse.Namespace) -> Source:
     """The source a command line names."""
     from dist_export.api import Source
     from dist_export.models.resolve import overrides_from_file, parse_override
+    from dist_export.quantization import QuantizationOptions
 
     overrides = overrides_from_file(options.config) if options.config else {}
     for assignment in options.set:
@@ -131,6 +148,15 @@ def source_of(options: argparse.Namespace) -> Source:
         overrides=overrides,
         family=options.family,
         index_cache=options.index_cache,
+        base=options.base,
+        master_weights=options.master_weights,
+        quantization=QuantizationOptions(
+            algorithm=options.quantization,
+            exclude=tuple(options.exclude),
+            kv_cache=options.kv_cache,
+            kv_cache_scale=options.kv_cache_scale,
+        ),
+        calibration=options.calibration,
     )
 
 
@@ -178,4 +204,13 @@ def request_of(options: argparse.Namespace) -> dict[str, object]:
         name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for name, (value, _) in source.overrides.items()
     }
-    return {"iteration": source.iteration, "family": source.family, "overrides": plain}
+    request: dict[str, object] = {"iteration": source.iteration, "family": source.family, "overrides": plain}
+    if source.base is not None:
+        request["base"] = str(source.base.absolute())
+    if source.master_weights:
+        request["master_weights"] = True
+    if source.calibration is not None:
+        request["calibration"] = str(source.calibration.absolute())
+    if source.quantization != type(source.quantization)():
+        request["quantization"] = asdict(source.quantization)
+    return request

@@ -30,6 +30,7 @@ def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOp
         resume=options.resume,
         host_memory=options.host_memory or default_host_memory(num_processes),
         num_threads=options.num_threads,
+        local_staging=options.local_staging.absolute() if options.local_staging else None,
         sha256=options.sha256,
         device=options.device,
     )
@@ -40,7 +41,8 @@ def export_locally(options: argparse.Namespace) -> int:
     reporter = reporter_of(options)
     try:
         reporter.check()
-        publication.check_output(options.output.absolute(), overwrite=options.overwrite)
+        if not options.resume:  # else it may be done already, which the run itself finds out
+            publication.check_output(options.output.absolute(), overwrite=options.overwrite)
         model, job = make_job(options)
         job.validate()
     except ExportError as error:
@@ -72,7 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reporter.check()
         with reporter.watch(group, output=str(options.output.absolute())):
             checkpoint = open_shared(
-                options.checkpoint, group, iteration=options.iteration, index_cache=options.index_cache
+                options.checkpoint,
+                group,
+                iteration=options.iteration,
+                index_cache=options.index_cache,
+                base=options.base,
+                master_weights=options.master_weights,
             )
             model, job = make_job(options, checkpoint)
             run = run_options(options, num_processes=group.world.local_world_size)
@@ -97,7 +104,9 @@ def export_rank(session: ExportSession, reporter: Reporter) -> int:
     if not reporter.json_lines:
         session.group.show_progress("exporting")
     reports = session.run()
-    if session.group.rank == 0:
+    if session.group.rank == 0 and session.already_done:
+        print(f"{session.options.output} holds this export already: nothing to do", flush=True)
+    elif session.group.rank == 0:
         print(report.closing_text(session.job, session.options.output, reports), flush=True)
     return 0
 

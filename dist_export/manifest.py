@@ -6,12 +6,14 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import dist_export
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.ledger import Run, TensorKey, checksum_of
 from dist_export.errors import Faults
 from dist_export.plan.export import ExportPlan
+from dist_export.runtime.publication import CONFIG, MANIFEST
 
 FORMAT_VERSION = 1
 
@@ -26,6 +28,8 @@ class RankReport:
     bytes_read_by_calls: int = 0
     bytes_read_from_disk: int = 0
     bytes_written: int = 0
+    bytes_gathered: int = 0
+    """Copied from the node's own disk to the staging folder."""
     peak_memory: int = 0
     memory_at_start: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -37,7 +41,7 @@ class RankReport:
     @property
     def working_seconds(self) -> float:
         """From the first byte read to the last byte on disk."""
-        return self.seconds.get("transfer", 0.0) + self.seconds.get("sync", 0.0)
+        return sum(self.seconds.get(phase, 0.0) for phase in ("transfer", "gather", "sync"))
 
     @property
     def memory_growth(self) -> int:
@@ -114,9 +118,10 @@ def build_manifest(
         "format_version": FORMAT_VERSION,
         "producer": {"name": "dist_export", "version": dist_export.__version__, "python": platform.python_version()},
         "source": {
-            "folder": str(checkpoint.index.folder),
+            "folder": str(checkpoint.index.origin),
             "format": checkpoint.index.format,
             "iteration": checkpoint.iteration,
+            **({"adapters": asdict(checkpoint.adapters)} if checkpoint.adapters else {}),
             "ignored": {reason: asdict(what) for reason, what in checkpoint.index.ignored.items()},
             "elements_left_out": dict(left_out),
         },
@@ -141,3 +146,19 @@ def build_manifest(
 def run_statistics(reports: Iterable[RankReport]) -> list[dict[str, object]]:
     """Per process what it read, wrote and used."""
     return [{k: v for k, v in asdict(report).items() if k != "runs"} for report in reports]
+
+
+def holds_export(folder: Path, *, fingerprint: Mapping[str, object], request: Mapping[str, object]) -> bool:
+    """Whether a folder is a published export made from `fingerprint` on `request`: its manifest says so, and every
+    file has its size. Reads no data."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sizes = {name: file["num_bytes"] for name, file in manifest["files"].items()}
+        asked = manifest["fingerprint"], manifest["request"]
+        return (
+            asked == (fingerprint, json.loads(json.dumps(request)))
+            and (folder / CONFIG).is_file()
+            and all((folder / name).stat().st_size == size for name, size in sizes.items())
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # no export, or none that says what is asked for

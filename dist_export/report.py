@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_export.api import OpenedModel
 from dist_export.checkpoint.contents import contents, generation
+from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.manifest import RankReport
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import make_placement, work_of
@@ -30,14 +31,16 @@ def inspection(model: OpenedModel) -> dict[str, Any]:
     index, resolved = model.checkpoint.index, model.resolved
     provenance = resolved.provenance
     return {
-        "folder": str(index.folder),
+        "folder": str(index.origin),
         "format": index.format,
         "generation": generation(index, model.checkpoint.arguments),
         "iteration": model.checkpoint.iteration,
+        "adapters": asdict(model.checkpoint.adapters) if model.checkpoint.adapters else None,
         "contents": contents(index),
         "training_layout": training_layout(model),
         "num_files": len(index.files),
         "num_chunks": index.num_chunks,
+        "weight_share": weight_share(index),
         "ignored": {reason: asdict(what) for reason, what in index.ignored.items()},
         "num_objects": len(index.objects),
         "config": {n: {"value": v, "from": provenance[n]} for n, v in asdict(resolved.config).items()},
@@ -46,12 +49,20 @@ def inspection(model: OpenedModel) -> dict[str, Any]:
     }
 
 
+def weight_share(index: CheckpointIndex) -> float:
+    """How much of what the checkpoint's tensors take is weights, from 0 to 1."""
+    ignored = sum(what.num_bytes for what in index.ignored.values())
+    return index.num_weight_bytes / max(index.num_weight_bytes + ignored, 1)
+
+
 LAYOUT_ARGUMENTS = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
     "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
     "cp": "context_parallel_size",
+    "dp": "data_parallel_size",
 }
 
 
@@ -67,7 +78,7 @@ def inspection_text(model: OpenedModel) -> str:
     facts = inspection(model)
     layout = " ".join(f"{axis}{size}" for axis, size in facts["training_layout"].items()) or "not said"
     ignored = [
-        f"{what['num_tensors']} tensors, {format_bytes(what['num_bytes'])}: {reason}"
+        f"{what['num_tensors']} tensors, {format_bytes(what['num_bytes'])}: {reason}" if what["num_tensors"] else reason
         for reason, what in facts["ignored"].items()
     ]
     index = model.checkpoint.index
@@ -77,7 +88,9 @@ def inspection_text(model: OpenedModel) -> str:
         ("iteration", facts["iteration"] if facts["iteration"] is not None else "not said"),
         ("trained as", layout),
         ("weights", f"{format_bytes(index.num_weight_bytes)} in {index.num_chunks} chunks of {len(index.files)} files"),
+        ("", f"{facts['weight_share']:.1%} of what all its tensors take"),
         ("left out", "; ".join(ignored) or "nothing"),
+        *_adapters(model),
         *(("also there", line) for line in facts["contents"]),
     ]
     fields = [(name, entry["value"], entry["from"]) for name, entry in facts["config"].items()]
@@ -89,14 +102,24 @@ def inspection_text(model: OpenedModel) -> str:
     return "\n".join(parts + _notes(facts["notes"]))
 
 
+def _adapters(model: OpenedModel) -> list[tuple[str, str]]:
+    """What is said of adapters, where there are any."""
+    adapters = model.checkpoint.adapters
+    if adapters is None:
+        return []
+    scale = f"alpha {adapters.alpha:g}, dim {adapters.dim}"
+    where = f"into {len(model.catalog.updates)} weights of {model.checkpoint.index.folder}"
+    return [("merged", f"{adapters.kind} ({scale}) {where}")]
+
+
 def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Everything ``plan`` knows; sizes in bytes."""
     shards = job.shards()
-    slabs, _ = collect_uses(shards, job.catalog.tensors)
+    slabs, _ = collect_uses(shards, job.catalog.tensors, updates=job.catalog.updates)
     placement = make_placement([0] * len(shards), [shard.num_data_bytes for shard in shards.values()])
     reads = [sum(i.num_bytes_needed for i in work_of(n, placement, slabs)) for n in range(len(shards))]
     return {
-        "source": str(model.checkpoint.index.folder),
+        "source": str(model.checkpoint.index.origin),
         "digest": job.digest(),
         "targets": [
             {

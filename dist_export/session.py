@@ -6,34 +6,33 @@ that fails raises; the group makes every other rank stop within seconds, and not
 
 from __future__ import annotations
 
-import hashlib
 import json
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dist_export import __version__
 from dist_export.checkpoint.open import Checkpoint
-from dist_export.convert.execute import Budget, Converter, Executor
-from dist_export.convert.journal import FOLDER as JOURNALS
-from dist_export.convert.journal import (
-    Done,
-    Journal,
-    confirmed,
-    read_fingerprint,
-    read_journals,
-    remove_journals,
-    write_fingerprint,
-)
-from dist_export.convert.ledger import Run, TensorKey, merged
+from dist_export.convert.execute import Budget, Converter, Executor, TensorEncoder
+from dist_export.convert.journal import Done, read_fingerprint, remove_journals, write_fingerprint
 from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.outputs import OutputFile
+from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.sources import SourceFiles
+from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError
-from dist_export.manifest import CollectedReports, RankReport, build_manifest, file_entries, run_statistics
+from dist_export.local_staging import local_folder, make_local_folder, read_token, remove_local_folder, write_token
+from dist_export.manifest import (
+    CollectedReports,
+    RankReport,
+    build_manifest,
+    file_entries,
+    holds_export,
+    run_statistics,
+)
+from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
@@ -41,6 +40,9 @@ from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError
 from dist_export.runtime.group import Group
 from dist_export.runtime.usage import Usage, physical_memory
+from dist_export.runtime.world import node_name
+from dist_export.scale_phase import KEPT, find_scales
+from dist_export.staged_files import StagedFiles
 from dist_export.targets.huggingface.reference import without_code
 
 
@@ -55,6 +57,8 @@ class RunOptions:
     host_memory: int = 1 << 30
     """Bytes for buffers, per process."""
     num_threads: int = 2
+    local_staging: Path | None = None
+    """An existing folder on every node's own disk, to write the files in before they are gathered."""
     sha256: bool = False
     """Put SHA-256 of every tensor file into the manifest: reads each file back."""
     device: str = "auto"
@@ -74,6 +78,14 @@ class Agreement:
     """Names this run's journals."""
     resumed: bool
     """Whether the staging folder holds an earlier run's work."""
+    local: str = ""
+    """Names the nodes' own folders, where they have one."""
+    stale: str = ""
+    """Names those of an earlier run whose work is not used."""
+
+    def is_first_of_node(self, rank: int) -> bool:
+        """Whether a process does what one of its node's has to do."""
+        return self.hosts.index(self.hosts[rank]) == rank
 
     def placement(self) -> Placement:
         """Who makes which file."""
@@ -96,16 +108,29 @@ class ExportSession:
     """Of the checkpoint's files, on rank 0 before the work began."""
     staging: publication.Staging | None = None
     """On rank 0, from the moment it has the lease."""
+    already_done: bool = False
+    """After `run`: it found that the output is a published export of the same job."""
+    _table: ScaleTable | None = None
+    _local: Path | None = None
+    """This node's own folder, in the process that removes it."""
+    _stale: str = ""
+    """Names the nodes' folders of an earlier run whose work is not used. On rank 0."""
 
     def __post_init__(self) -> None:
         self.report = RankReport(self.group.rank, memory_at_start=Usage.now().memory)
 
     def run(self) -> list[RankReport]:
-        """Export and publish. Returns every rank's report on rank 0, an empty list elsewhere. All ranks call it."""
+        """Export and publish. Returns every rank's report on rank 0, an empty list elsewhere. All ranks call it.
+
+        With `resume`, an output that holds this very export already is left as it is (`already_done`).
+        """
         group, started = self.group, Usage.now()
         group.check()
         try:
             agreement = self._agree()
+            if agreement is None:
+                self.already_done = True
+                return []
             placement = agreement.placement()
             self._compare_digests(agreement, placement)
             executor = self._transfer(agreement, placement)
@@ -118,17 +143,27 @@ class ExportSession:
             # Not a signal: that may be a launcher's answer to the death of another rank, which the group finds out.
             if isinstance(error, Exception) and not isinstance(error, PeerFailedError):
                 group.fail(error)  # before the files vanish, or the others would report that instead
+            keep = is_resumable(error)
             if self.staging is not None:
-                self.staging.abandon(keep=is_resumable(error))
+                self.staging.abandon(keep=keep)
+            if self._local is not None and not keep:
+                remove_local_folder(self._local)
             raise
         group.barrier("published")
+        if self._local is not None:
+            remove_local_folder(self._local)
         return collected.reports
 
-    def _agree(self) -> Agreement:
-        """Rank 0 validates the plan and stages the output; every rank then knows its part of the same plan."""
-        hosts = self.group.gather("hosts", socket.gethostname().encode())
+    def _agree(self) -> Agreement | None:
+        """Rank 0 validates the plan and stages the output; every rank then knows its part of the same plan.
+
+        None: there is nothing to do.
+        """
+        hosts = self.group.gather("hosts", node_name().encode())
         message = None
-        if hosts is not None:
+        if hosts is not None and self.options.resume and self._is_published():
+            message = b"null"
+        elif hosts is not None:
             publication.check_output(self.options.output, overwrite=self.options.overwrite)
             self.left_out = self.job.validate()
             self.staging, resumed = self._prepare_staging()
@@ -139,9 +174,33 @@ class ExportSession:
                 digests=[file.digest for file in files],
                 attempt=self.staging.lease.token,
                 resumed=resumed,
+                local=read_token(self.staging.folder) if self.options.local_staging is not None else "",
+                stale=self._stale,
             )
             message = json.dumps(asdict(agreement)).encode()
-        return Agreement(**json.loads(self.group.broadcast("agreement", message)))
+        told = json.loads(self.group.broadcast("agreement", message))
+        return None if told is None else Agreement(**told)
+
+    def _fingerprint(self) -> dict[str, object]:
+        """What a run must agree in with an earlier one to go on with its work. On rank 0."""
+        self.source_fingerprint = self.source_fingerprint or self.checkpoint.fingerprint()
+        return {"job": self.job.digest(), "source": self.source_fingerprint, "version": __version__}
+
+    def _is_published(self) -> bool:
+        """Whether the output is what this run would make, as far as its manifests and file sizes tell.
+
+        Not where an export was being replaced: then the run that did it goes on.
+        """
+        output = self.options.output
+        if self.options.overwrite and read_fingerprint(publication.staging_folder(output)) is not None:
+            return False
+        return all(
+            holds_export(output / plan.folder, fingerprint=self._fingerprint(), request=self._request_of(plan))
+            for plan in self.job.plans
+        )
+
+    def _request_of(self, plan: ExportPlan) -> dict[str, object]:
+        return {**self.request, "target": plan.target, "options": plan.options}
 
     def _prepare_staging(self) -> tuple[publication.Staging, bool]:
         """Rank 0: keep what an earlier run of the same export wrote, or start afresh. Returns whether it is kept.
@@ -158,8 +217,7 @@ class ExportSession:
             raise
 
     def _is_continued(self, staging: publication.Staging) -> bool:
-        self.source_fingerprint = self.checkpoint.fingerprint()
-        fingerprint = {"job": self.job.digest(), "source": self.source_fingerprint, "version": __version__}
+        fingerprint = self._fingerprint()
         there = read_fingerprint(staging.folder) if self.options.resume else None
         if there is not None and there != fingerprint:
             changed = ", ".join(key for key, value in fingerprint.items() if there.get(key) != value)
@@ -167,9 +225,13 @@ class ExportSession:
                 f"{self.options.output}: cannot resume, since what is exported has changed ({changed}); "
                 "start again without --resume"
             )
+        token = read_token(staging.folder)
         if there is None:
             staging.clear()
             write_fingerprint(staging.folder, fingerprint)
+            self._stale, token = token, ""
+        if self.options.local_staging is not None and not token:
+            write_token(staging.folder, staging.lease.token)
         for plan in self.job.plans:
             (staging.folder / plan.folder).mkdir(exist_ok=True)
         return there is not None
@@ -187,87 +249,67 @@ class ExportSession:
         """This process's share: only files made on its node are planned."""
         rank, index = self.group.rank, self.checkpoint.index
         shards = {number: self.job.shard(number) for number in placement.files_near(rank)}
-        slabs, fills = collect_uses(shards, self.job.catalog.tensors)
+        slabs, fills = collect_uses(shards, self.job.catalog.tensors, updates=self.job.catalog.updates)
         items = work_of(rank, placement, slabs)
         items.sort(key=lambda item: index.first_place(item.slab.name, item.slab.box(item.shape)))
         return items, fills_of(rank, placement, fills)
 
     def _transfer(self, agreement: Agreement, placement: Placement) -> Executor:
         """Do this process's share of the work. What it owns is on disk when it returns."""
-        staging, rank = publication.staging_folder(self.options.output), self.group.rank
+        staging = publication.staging_folder(self.options.output)
+        local = self._make_local_folder(agreement)
+        files = StagedFiles(self.job, self.group, placement, staging, local, agreement.attempt)
         items, fills = self._work(placement)
-        owned = placement.owned_by(rank)
-        found = self._create_files(staging, owned, resumed=agreement.resumed)
-        done = self._share_done(found) if agreement.resumed else {}
+        self._find_scales()
+        files.create(resumed=agreement.resumed)
+        done = files.share_found() if agreement.resumed else {}
         self.group.barrier("files created")
-        needed = {use.output.file for item in items for use in item.uses} | {f.output.file for f in fills} | set(owned)
-        outputs = {number: OutputFile(staging / self.job.path(number)) for number in sorted(needed)}
-        journal = Journal(staging / JOURNALS / f"{rank:05d}-{agreement.attempt}.txt")
-        executor = self._executor(outputs, items, fills)
-        executor.done, executor.journal = Done(done), journal
-        for key, runs in found.items():
-            executor.ledger.take_over(key, runs)
+        needed = {use.output.file for item in items for use in item.uses} | {fill.output.file for fill in fills}
         try:
-            with self._phase("transfer"):
+            executor = self._executor(files.open(needed), items, fills)
+            executor.done, executor.journal = Done(done), files.journal
+            files.hand_over(executor.ledger)
+            with closing(executor.sources), self._phase("transfer"):
                 executor.run(items, fills)
+            if local is not None:
+                with self._phase("gather"):
+                    files.gather(executor.ledger)
             with self._phase("sync"):
-                self.group.barrier("files written")
-                for number in owned:
-                    outputs[number].finish()
-                    if self.options.sha256:
-                        self.report.sha256[str(number)] = self._digest(staging / self.job.path(number))
+                files.sync()
+                if self.options.sha256:
+                    for number in files.owned:
+                        self.report.sha256[str(number)] = files.sha256(number)
         finally:
-            journal.close()
-            executor.sources.close()
-            for output in outputs.values():
-                output.close()
-        self.report.bytes_read = executor.sources.num_bytes_read
-        self.report.bytes_written = sum(output.num_bytes_written for output in outputs.values())
+            files.close()
+        self.report.bytes_read += executor.sources.num_bytes_read
+        self.report.bytes_written = sum(output.num_bytes_written for output in files.outputs.values())
+        self.report.bytes_gathered = files.bytes_gathered
         return executor
 
-    def _digest(self, path: Path) -> str:
-        """SHA-256 of a finished file, hexadecimal."""
-        state = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                state.update(block)
-                self.group.check()
-        return state.hexdigest()
-
-    def _create_files(self, staging: Path, owned: Sequence[int], *, resumed: bool) -> dict[TensorKey, list[Run]]:
-        """Create the files this process owns; those of an earlier run stay. Returns their confirmed runs."""
-        noted = read_journals(staging) if resumed else {}
-        found: dict[TensorKey, list[Run]] = {}
-        for number in owned:
-            shard, path = self.job.shard(number), staging / self.job.path(number)
-            header = shard.header
-            if not path.exists():
-                OutputFile.create(path, header, shard.num_data_bytes)
-                continue
-            OutputFile.restore(path, header, shard.num_data_bytes)
-            for index, tensor in enumerate(shard.tensors):
-                runs = noted.get((number, index), ())
-                for run in confirmed(path, len(header) + tensor.offset, tensor.num_bytes, runs):
-                    found.setdefault((number, index), []).append(run)
-                    self.group.progress.add(bytes_written=run[1])  # reading back takes a while: it is no standstill
-                    self.group.check()
-        return found
-
-    def _share_done(self, found: Mapping[TensorKey, Sequence[Run]]) -> dict[TensorKey, list[Run]]:
-        """Every rank learns what all files hold already, since ranks of a node share work."""
-        mine = json.dumps([[*key, merged(runs)] for key, runs in found.items() if runs]).encode()
-        gathered = self.group.gather("found", mine)
-        whole = [entry for each in gathered for entry in json.loads(each)] if gathered is not None else None
-        told = self.group.broadcast("done", None if whole is None else json.dumps(whole).encode())
-        return {(file, index): [(run[0], run[1], run[2]) for run in runs] for file, index, runs in json.loads(told)}
+    def _make_local_folder(self, agreement: Agreement) -> Path | None:
+        """This node's own folder, made by one of its processes; None where there is none."""
+        parent, rank = self.options.local_staging, self.group.rank
+        if (parent is None) == bool(agreement.local):
+            raise ExportError(f"rank {rank} and rank 0 were not given --local-staging alike")
+        if parent is None:
+            return None
+        folder = local_folder(parent, agreement.local)
+        if agreement.is_first_of_node(rank):
+            self._local = folder
+            if agreement.stale:
+                remove_local_folder(local_folder(parent, agreement.stale))
+            make_local_folder(folder, self.job, output=self.options.output)
+        self.group.barrier("local folders made")
+        return folder
 
     def _executor(
         self, outputs: Mapping[int, OutputFile], items: Sequence[WorkItem], fills: Sequence[Fill]
     ) -> Executor:
         self.report.bytes_needed = sum(item.num_bytes_needed for item in items)
-        self.group.progress.add(total=sum(item.num_bytes_written for item in items))
-        self.group.progress.add(total=sum(fill.num_bytes_written for fill in fills))
+        total = sum(item.num_bytes_written for item in items) + sum(fill.num_bytes_written for fill in fills)
+        self.group.progress.add(total=total if self.options.local_staging is None else 2 * total)
         computed = [use for item in items for use in item.uses if not use.output.planned.moves_only]
+        encoded = any(use.output.planned.recipe for use in computed) or any(f.output.planned.is_small for f in fills)
         budget = Budget.within(
             self.options.host_memory, num_threads=self.options.num_threads, value_ops=bool(computed)
         )
@@ -278,8 +320,34 @@ class ExportSession:
             budget=budget,
             observer=_Watcher(self.group),
         )
+        computed = [use for use in computed if use.output.planned.recipe is None]
         executor.converter = self._converter(computed) if computed else None
+        if encoded:
+            executor.encoder = self._encoder(executor.sources)
         return executor
+
+    def _encoder(self, sources: SourceFiles) -> TensorEncoder:
+        """What makes codes and scales. Torch is imported here."""
+        from dist_export.convert.encode import Encoder
+        from dist_export.convert.torch_arithmetic import default_device
+
+        device = default_device(self.group.world.local_rank) if self.options.device == "auto" else self.options.device
+        assert self._table is not None, "the scale phase comes first"
+        return Encoder(self._table, ViewReader(sources, self.checkpoint.index.shapes(), self.job.catalog.updates), device)
+
+    def _find_scales(self) -> None:
+        quantization = next((plan.quantization for plan in self.job.plans if plan.quantization), None)
+        if quantization is None:
+            return
+        with self._phase("scales"):
+            self._table, num_bytes = find_scales(
+                quantization,
+                self.checkpoint.index,
+                self.group,
+                updates=self.job.catalog.updates,
+                staging=self.staging.folder if self.staging is not None else None,
+            )
+        self.report.bytes_read += num_bytes
 
     def _converter(self, uses: Sequence[Use]) -> Converter:
         """What does the arithmetic of `uses`. Torch is imported here, and only when it pays."""
@@ -304,12 +372,14 @@ class ExportSession:
         self.group.enter_phase("publish")
         files = [file_entries(plan, self.job.numbered(plan), collected) for plan in self.job.plans]
         if self.checkpoint.fingerprint() != self.source_fingerprint:
-            raise ExportError(f"{self.checkpoint.index.folder}: files changed during the export; start it again")
+            raise ExportError(f"{self.checkpoint.index.origin}: files changed during the export; start it again")
         folder = self.staging.finish()
         remove_journals(folder)
+        (folder / KEPT).unlink(missing_ok=True)
         for plan, entries in zip(self.job.plans, files, strict=True):
             manifest = build_manifest(self.checkpoint, plan, entries, left_out=self.left_out[plan.target])
-            manifest["request"] = {**self.request, "target": plan.target, "options": plan.options}
+            manifest["request"] = self._request_of(plan)
+            manifest["fingerprint"] = self._fingerprint()
             manifest["run"] = {"processes": run_statistics(collected.reports)}
             for name, source in plan.copies.items():
                 publication.write_file(folder / plan.folder / name, without_code(name, source.read_bytes()))

@@ -12,6 +12,7 @@ import mmap
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.open import Checkpoint, checkpoint_of, open_checkpoint
@@ -28,19 +29,21 @@ class _Published:
 
 
 def open_shared(
-    path: Path, group: Group, *, iteration: int | None = None, index_cache: Path | None = None
+    path: Path, group: Group, *, iteration: int | None = None, index_cache: Path | None = None, **parts: Any
 ) -> Checkpoint:
-    """As `open_checkpoint`, with the metadata parsed once per node. All ranks of `group` call it.
+    """As `open_checkpoint` (`parts` are its ``base`` and ``master_weights``), with the metadata parsed once per node.
+
+    All ranks of `group` call it.
 
     Where a process cannot map the table (no /proc, another container), it reads the metadata itself. Raises
     `ExportError` on the process that reads, when the checkpoint is at fault, and PeerFailedError on the others.
     """
     if group.world_size == 1:
-        return open_checkpoint(path, iteration=iteration, index_cache=index_cache)
+        return open_checkpoint(path, iteration=iteration, index_cache=index_cache, **parts)
     descriptor, mine, checkpoint = -1, None, None
     try:
         if group.world.local_rank == 0:
-            checkpoint = open_checkpoint(path, iteration=iteration, index_cache=index_cache)
+            checkpoint = open_checkpoint(path, iteration=iteration, index_cache=index_cache, **parts)
             if group.world.local_world_size > 1:
                 table = checkpoint.index.to_bytes()
                 descriptor = _sealed_memory(table)
@@ -48,7 +51,7 @@ def open_shared(
         everywhere = _exchange(group, mine)
         if checkpoint is None:
             index = next((found for each in everywhere if (found := _mapped(each)) is not None), None)
-            checkpoint = open_checkpoint(path, iteration=iteration) if index is None else checkpoint_of(index)
+            checkpoint = open_checkpoint(path, iteration=iteration, **parts) if index is None else checkpoint_of(index)
         group.barrier("index mapped")
     finally:
         if descriptor >= 0:

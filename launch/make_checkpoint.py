@@ -1,8 +1,8 @@
 """Make a real, small Megatron checkpoint on a machine without a GPU.
 
-A megatron-core GPTModel with random weights is built on the asked tp x pp layout and saved as `torch_dist`, the
-folder layout of Megatron-LM's --save. The weights depend on the sizes and the seed only: the same model saved
-with another tp, pp or key layout holds the same tensors (padded vocabulary rows aside).
+A megatron-core GPTModel with random weights is built on the asked training layout and saved in the folder layout of
+Megatron-LM's --save, as `torch_dist` or as legacy rank files. The weights depend on the sizes and the seed only: the
+same model saved with another layout, key layout or format holds the same tensors (padded vocabulary rows aside).
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
 import tempfile
 from pathlib import Path
-from typing import Any
 
 EXAMPLES = """\
 examples:
   python launch/make_checkpoint.py /tmp/llama --tp 2 --pp 2
   torchrun --nproc-per-node 4 launch/make_checkpoint.py /tmp/llama --tp 2 --pp 2
   python launch/make_checkpoint.py /tmp/nemotron --style nemotron --tp 4 --kv-groups 4 --seed 3
+  python launch/make_checkpoint.py /tmp/mixtral --style mixtral --tp 2 --ep 2 --etp 1 --pp 2 --vpp 2 --format legacy
 
-Started by plain `python` it forks tp * pp processes of its own; under torchrun start tp * pp processes.
+Started by plain `python` it forks the processes that the layout needs; under torchrun start as many, or a multiple:
+pp times the least common multiple of tp and ep times etp.
 """
 
 
@@ -32,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", type=Path, help="folder to save in, Megatron-LM's --save")
     _add_model_options(parser.add_argument_group("model"))
+    _add_expert_options(parser.add_argument_group("experts"))
+    _add_layout_options(parser.add_argument_group("training layout"))
     _add_saving_options(parser.add_argument_group("saving"))
     return parser
 
@@ -39,17 +41,22 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--style",
-        choices=["llama", "gpt", "nemotron"],
+        choices=["llama", "gpt", "nemotron", "mixtral"],
         default="llama",
         help="llama: RMSNorm, SwiGLU, GQA, rope, untied; gpt: LayerNorm, biases, GELU, learned positions, tied; "
-        "nemotron: zero-centred LayerNorm, squared ReLU, GQA, half rope, untied (default: llama)",
+        "nemotron: zero-centred LayerNorm, squared ReLU, GQA, half rope, untied; mixtral: llama with experts "
+        "(default: llama)",
     )
     sizes = {
         "layers": (4, "transformer layers"),
+        "mtp-layers": (None, "layers that predict further tokens (default: none)"),
         "hidden": (64, "hidden size"),
         "heads": (8, "attention heads"),
         "kv-groups": (None, "key-value groups (default: a quarter of the heads; gpt: the heads)"),
         "head-size": (None, "size of a head (default: hidden / heads)"),
+        "kv-lora-rank": (None, "rank of keys and values: makes the attention a multi-latent one (default: none)"),
+        "q-lora-rank": (None, "rank of queries in multi-latent attention (default: none)"),
+        "rope-head-size": (None, "size of a multi-latent head's rotary part (default: half of the head size)"),
         "ffn": (None, "size of the MLP (default: twice the hidden size)"),
         "vocab": (250, "true vocabulary size"),
         "vocab-divisor": (16, "the vocabulary is padded to a multiple of this times tp"),
@@ -64,9 +71,61 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)")
 
 
+def _add_expert_options(group: argparse._ArgumentGroup) -> None:
+    sizes = {
+        "experts": (None, "experts of a layer, 0 for none (default: 4 with mixtral, 0 otherwise)"),
+        "top-k": (2, "experts that a token goes to (default: 2)"),
+        "moe-ffn": (None, "size of an expert (default: --ffn)"),
+        "shared-expert-ffn": (None, "size of the expert that every token goes to (default: none)"),
+    }
+    for name, (default, text) in sizes.items():
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    group.add_argument("--shared-expert-gate", action="store_true", help="give the shared expert a gate")
+    group.add_argument(
+        "--grouped",
+        action="store_true",
+        help="experts as GroupedMLP keeps them, in two transposed matrices (default: SequentialMLP, one by one)",
+    )
+    group.add_argument(
+        "--moe-layers",
+        type=_pattern,
+        metavar="PATTERN",
+        help="a digit per layer, 1 with experts and 0 without, such as 0111 (default: experts in all)",
+    )
+
+
+def _pattern(text: str) -> list[int]:
+    if not text or set(text) - set("01"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of digits 0 and 1")
+    return [int(digit) for digit in text]
+
+
+def _add_layout_options(group: argparse._ArgumentGroup) -> None:
+    sizes = {
+        "tp": (1, "tensor-parallel size (default: 1)"),
+        "pp": (1, "pipeline-parallel size (default: 1)"),
+        "vpp": (1, "virtual pipeline stages per rank (default: 1)"),
+        "ep": (1, "expert-parallel size (default: 1)"),
+        "etp": (None, "tensor-parallel size of the experts (default: tp)"),
+        "first-stage-layers": (None, "layers of the first pipeline stage (default: evenly spread)"),
+        "last-stage-layers": (None, "layers of the last pipeline stage (default: evenly spread)"),
+    }
+    for name, (default, text) in sizes.items():
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
+    group.add_argument(
+        "--pipeline-layout",
+        metavar="LAYOUT",
+        help="layers of every virtual stage as Megatron-LM's --pipeline-model-parallel-layout, such as Et|tttL",
+    )
+
+
 def _add_saving_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default: 1)")
-    group.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default: 1)")
+    group.add_argument(
+        "--format",
+        choices=["torch_dist", "legacy"],
+        default="torch_dist",
+        help="torch_dist, or legacy: a file per rank as --ckpt-format torch writes it (default: torch_dist)",
+    )
     group.add_argument("--iteration", type=int, default=10, metavar="N", help="training iteration (default: 10)")
     group.add_argument("--optimizer", action="store_true", help="also save Adam moments and fp32 weights")
     layout = group.add_mutually_exclusive_group()
@@ -80,221 +139,56 @@ def _add_saving_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def resolve(options: argparse.Namespace, heads_per_group: int) -> None:
+def resolve(options: argparse.Namespace) -> None:
     """Fill in the sizes that follow from others, in place; `padded_vocab` is added."""
-    options.kv_groups = options.kv_groups or max(1, options.heads // heads_per_group)
+    from megatron_on_cpu import STYLES
+
+    style = STYLES[options.style]
+    options.kv_groups = options.kv_groups or max(1, options.heads // style.heads_per_group)
     options.head_size = options.head_size or options.hidden // options.heads
+    options.rope_head_size = options.rope_head_size or options.head_size // 2
     options.ffn = options.ffn or 2 * options.hidden
+    options.experts = style.num_experts if options.experts is None else options.experts
+    if options.experts:
+        options.moe_ffn = options.moe_ffn or options.ffn
+    options.etp = options.etp or options.tp
     multiple = options.vocab_divisor * options.tp
     options.padded_vocab = -(-options.vocab // multiple) * multiple
 
 
 def start_processes(options: argparse.Namespace) -> None:
-    """Run tp * pp ranks as forks of this process, which saves each of them the imports. Raises when one fails."""
-    import megatron_on_cpu  # noqa: F401  imported before the fork
+    """Run the ranks as forks of this process, which saves each of them the imports. Raises when one fails.
+
+    `options` are resolved.
+    """
+    import megatron_on_cpu
     import torch
     from megatron.core.models.gpt import GPTModel  # noqa: F401  imported before the fork
     from torch.multiprocessing.spawn import start_processes as fork
 
-    num_processes = options.tp * options.pp
+    num_processes = megatron_on_cpu.num_ranks(options)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (num_processes, f"file://{folder}/rendezvous", options)
         fork(run_rank, arguments, num_processes, start_method="fork")  # type: ignore[no-untyped-call]
 
 
-def training_arguments(options: argparse.Namespace, style: Any) -> argparse.Namespace:
-    """The arguments Megatron-LM would have saved, as far as they describe the model and its layout.
-
-    `vocab_size` is one less than the true size: that is how Megatron-LM's NullTokenizer is told it.
-    """
-    import torch
-    from megatron.core.transformer.enums import AttnBackend
-
-    new = options.arg_generation == "new"
-    renamed = {
-        "layernorm_epsilon" if new else "norm_epsilon": options.norm_epsilon,
-        "layernorm_zero_centered_gamma" if new else "apply_layernorm_1p": style.zero_centered_gamma,
-    }
-    return argparse.Namespace(
-        **renamed,
-        **_model_arguments(options, style),
-        **_layout_arguments(options),
-        params_dtype=getattr(torch, options.dtype),
-        bf16=options.dtype == "bfloat16",
-        fp16=options.dtype == "float16",
-        fp8=None,
-        attention_backend=AttnBackend.auto,
-        exit_signal=signal.SIGTERM,
-    )
-
-
-def _model_arguments(options: argparse.Namespace, style: Any) -> dict[str, Any]:
-    return {
-        "num_layers": options.layers,
-        "encoder_num_layers": options.layers,
-        "hidden_size": options.hidden,
-        "ffn_hidden_size": options.ffn,
-        "num_attention_heads": options.heads,
-        "group_query_attention": options.kv_groups != options.heads,
-        # Without grouped queries Megatron-LM leaves its default, which means nothing.
-        "num_query_groups": options.kv_groups if options.kv_groups != options.heads else 1,
-        "kv_channels": options.head_size,
-        "seq_length": options.seq,
-        "max_position_embeddings": options.seq,
-        "position_embedding_type": style.position_embedding_type,
-        "add_position_embedding": True,
-        "use_rotary_position_embeddings": False,
-        "rotary_base": options.rotary_base,
-        "rotary_percent": style.rotary_percent,
-        "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": None,
-        "use_rope_scaling": False,
-        "rope_scaling_factor": 8.0,
-        "rope_type": None,
-        "normalization": style.normalization,
-        "swiglu": style.swiglu,
-        "squared_relu": style.activation == "squared_relu",
-        "openai_gelu": False,
-        "onnx_safe": None,
-        "quick_geglu": False,
-        "glu_linear_offset": 0.0,
-        "activation_func_clamp_value": None,
-        "bias_gelu_fusion": False,
-        "bias_swiglu_fusion": False,
-        "add_bias_linear": style.bias,
-        "add_qkv_bias": False,
-        "untie_embeddings_and_output_weights": not style.tied,
-        "tokenizer_type": "NullTokenizer",
-        "tokenizer_model": None,
-        "vocab_file": None,
-        "merge_file": None,
-        "vocab_size": options.vocab - 1,
-        "padded_vocab_size": options.padded_vocab,
-        "make_vocab_size_divisible_by": options.vocab_divisor,
-        "qk_layernorm": False,
-        "qk_l2_norm": False,
-        "apply_query_key_layer_scaling": False,
-        "apply_residual_connection_post_layernorm": False,
-        "attention_softmax_in_fp32": False,
-        "softmax_type": "vanilla",
-        "window_size": None,
-        "num_experts": None,
-        "moe_router_topk": 2,
-        "moe_layer_freq": 1,
-        "multi_latent_attention": False,
-        "q_lora_rank": None,
-        "kv_lora_rank": 32,
-        "mtp_num_layers": None,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
-
-
-def _layout_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "world_size": options.tp * options.pp,
-        "tensor_model_parallel_size": options.tp,
-        "pipeline_model_parallel_size": options.pp,
-        "virtual_pipeline_model_parallel_size": None,
-        "num_layers_per_virtual_pipeline_stage": None,
-        "decoder_first_pipeline_num_layers": None,
-        "decoder_last_pipeline_num_layers": None,
-        "account_for_embedding_in_pipeline_split": False,
-        "account_for_loss_in_pipeline_split": False,
-        "pipeline_model_parallel_layout": None,
-        "context_parallel_size": 1,
-        "expert_model_parallel_size": 1,
-        "expert_tensor_parallel_size": options.tp,
-        "data_parallel_size": 1,
-        "sequence_parallel": False,
-        "transformer_impl": "local",
-        "spec": None,
-        "ckpt_format": "torch_dist",
-        "use_legacy_models": False,
-        "use_distributed_optimizer": False,
-        "optimizer": "adam",
-        "iteration": options.iteration,
-        "train_iters": options.iteration,
-        "seed": options.seed,
-    }
-
-
-def optimizer_state(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
-    """One AdamW step on fp32 copies of the weights, as sharded state under Megatron's optimizer keys."""
-    import torch
-    from megatron.core.dist_checkpointing import optimizer as sharding
-
-    parameters = list(model.parameters())
-    masters = [p.detach().float().clone().requires_grad_() for p in parameters]
-    for master in masters:
-        master.grad = master.detach() * 0.5  # element by element, so that the layout does not matter
-    adam = torch.optim.AdamW(masters, lr=1e-4, foreach=False)
-    adam.step()
-    state: dict[str, Any] = adam.state_dict()
-    to_shard = sharding.get_param_id_to_sharded_param_map(model.sharded_state_dict(metadata=metadata), parameters)
-    sharding.optim_state_to_sharding_state(state, to_shard, exclude_keys=("step",))
-    fp32 = [
-        sharding.make_sharded_optimizer_tensor(to_shard[i], master.detach(), "optimizer.state.fp32_param")
-        for i, master in enumerate(masters)
-    ]
-    return {"optimizer": state, "fp32_from_fp16_params": [fp32]}
-
-
-def fill_model(model: Any, options: argparse.Namespace, metadata: dict[str, Any]) -> None:
-    """Give the model's parameters their portable random values."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-    from megatron_on_cpu import STYLES
-    from portable_weights import fill
-
-    shards = model.sharded_state_dict(metadata=metadata)
-    apply_factories(shards)
-    tensors = [value for value in nested_values(shards) if isinstance(value, ShardedTensor)]
-    zero_centered_gamma = STYLES[options.style].zero_centered_gamma
-    fill(tensors, seed=options.seed, vocab=options.vocab, zero_centered_gamma=zero_centered_gamma)
-
-
-def save(model: Any, options: argparse.Namespace, metadata: dict[str, Any]) -> None:
-    """Write the iteration folder, then the tracker file. Called by every rank."""
-    import torch
-    from megatron.core import dist_checkpointing
-    from megatron_on_cpu import STYLES
-
-    folder = options.out / f"iter_{options.iteration:07d}"
-    state: dict[str, Any] = {
-        "args": training_arguments(options, STYLES[options.style]),
-        "checkpoint_version": 3.0,
-        "iteration": options.iteration,
-        "num_floating_point_operations_so_far": 0,
-        "model": model.sharded_state_dict(metadata=metadata),
-    }
-    if options.optimizer:
-        state["optimizer"] = optimizer_state(model, metadata)
-    folder.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
-    if torch.distributed.get_rank() == 0:
-        (options.out / "latest_checkpointed_iteration.txt").write_text(str(options.iteration))
-        print(f"saved {folder}")
-
-
 def run_rank(rank: int, num_processes: int, rendezvous: str, options: argparse.Namespace) -> None:
-    """What every rank does, however it was started: build, fill, save."""
+    """What every rank does, however it was started: build, fill, save. `options` are resolved."""
     import megatron_on_cpu
+    import portable_weights
+    import save_formats
     import torch
 
     style = megatron_on_cpu.STYLES[options.style]
-    resolve(options, style.heads_per_group)
     megatron_on_cpu.substitute_cuda()
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_processes)
-    megatron_on_cpu.start_model_parallel(tp=options.tp, pp=options.pp)
-    model = megatron_on_cpu.build_gpt(options, style)
-    metadata = {
-        "non_homogeneous_layers": options.per_layer or options.singleton,
-        "singleton_local_shards": options.singleton,
-    }
-    fill_model(model, options, metadata)
-    save(model, options, metadata)
+    megatron_on_cpu.start_model_parallel(options)
+    chunks = megatron_on_cpu.build_chunks(options, style)
+    portable_weights.fill_chunks(
+        chunks, seed=options.seed, vocab=options.vocab, zero_centered_gamma=style.zero_centered_gamma
+    )
+    save_formats.save(chunks, options)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -306,6 +200,7 @@ def main() -> None:
     # Without psutil megatron-core's writer hangs instead of failing.
     if missing := [name for name in ("torch", "megatron.core", "psutil") if not _is_installed(name)]:
         parser.error(f"not installed: {', '.join(missing)}; run: pip install torch megatron-core psutil")
+    resolve(options)
     if "RANK" in os.environ:
         run_rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://", options)
     else:

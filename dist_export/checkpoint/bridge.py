@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_export.checkpoint import formats
-from dist_export.checkpoint.adapters import refuse_adapters
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.plain_text import MOST_BYTES, parse_yaml
@@ -31,23 +31,34 @@ def is_bridge(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> CheckpointIndex:
-    """The chunk table; `ExportError` for adapters without their model."""
-    index = formats.read_weights(folder, FORMAT)
-    refuse_adapters(index)
-    return index
+    """The chunk table, of a model or of adapters."""
+    return formats.read_weights(folder, FORMAT)
 
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
     """``args`` from run_config.yaml, and the iteration."""
-    folder = index.folder
-    tree = FileTree(folder, {CONFIG: StoredFile(CONFIG, 0, (folder / CONFIG).stat().st_size)})
-    model = parse_yaml(tree.read(CONFIG, most=MOST_BYTES), origin=str(folder / CONFIG)).get("model")
-    if not isinstance(model, Mapping):
-        raise ExportError(f"{folder / CONFIG}: has no model")
-    arguments = provider_arguments(model)
+    arguments = _model_arguments(index.folder, _run_config(index.folder))
     for name in _STRAIGHTENED:
         arguments.pop(name, None)
     return {"args": arguments, **_iteration(index)}
+
+
+def adapter_section(folder: Path) -> tuple[object, Mapping[str, object]]:
+    """(``peft``, the model's fields as arguments) of run_config.yaml."""
+    document = _run_config(folder)
+    return document.get("peft"), _model_arguments(folder, document)
+
+
+def _run_config(folder: Path) -> dict[str, Any]:
+    tree = FileTree(folder, {CONFIG: StoredFile(CONFIG, 0, (folder / CONFIG).stat().st_size)})
+    return parse_yaml(tree.read(CONFIG, most=MOST_BYTES), origin=str(folder / CONFIG))
+
+
+def _model_arguments(folder: Path, document: Mapping[str, Any]) -> dict[str, object]:
+    model = document.get("model")
+    if not isinstance(model, Mapping):
+        raise ExportError(f"{folder / CONFIG}: has no model")
+    return provider_arguments(model)
 
 
 def _iteration(index: CheckpointIndex) -> dict[str, object]:

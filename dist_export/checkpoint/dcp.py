@@ -10,17 +10,18 @@ megatron/core/transformer/fsdp_dtensor_checkpoint.py); layers and, from 0.16, ex
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_export.checkpoint import torch_dist
-from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.checkpoint.index import CheckpointIndex, Chunk, ObjectRecord
 from dist_export.checkpoint.index_builder import IndexBuilder
 from dist_export.checkpoint.pickles import Record
 from dist_export.checkpoint.torch_save import load_object
 from dist_export.errors import ExportError
 
 FORMAT = "torch_dcp"
+FSDP_FORMAT = "fsdp_dtensor"
 _OWN_RECORDS = ("args", "iteration", "checkpoint_version")
 """Keys that a torch_dist checkpoint never has: there they lie in the common state."""
 _EXPERT = "decoder.layers.{layer}.mlp.experts.experts.{expert}.{rest}"
@@ -33,7 +34,9 @@ _RENAMES = (
         r"(?P<tail>_[wv])?$"
     ),
 )
-_TRANSPOSED = re.compile(r"\.mlp\.experts\.weight[12]$")
+_NUMBERED = re.compile(r"(?P<start>.*\.experts\.experts\.)(?P<expert>\d+)\.(?P<rest>.+)")
+_TOGETHER = re.compile(r"\.mlp\.experts\.(weight[12]|linear_fc[12]\.(weight|bias)(_[wv])?)$")
+_HALF = re.compile(r"\.linear_fc1\.(weight|bias)_[wv]$")
 _ADVICE = "load it with the training program and save it in the torch_dist format (--ckpt-format torch_dist)"
 
 
@@ -58,8 +61,12 @@ def read_index(folder: Path) -> CheckpointIndex:
         raise ExportError(unfinished)
     torch_dist.check_files(index)
     table = _renamed(index)
-    _check(folder, table, read_common_state(table).get("args"))
-    return table
+    args = read_common_state(table).get("args")
+    arguments = args.state if isinstance(args, Record) else args
+    _check(folder, table, arguments)
+    said = arguments.get("ckpt_format") if isinstance(arguments, Mapping) else None
+    halves = any(_HALF.search(name) for name in table.tensors)
+    return table.relabelled(FSDP_FORMAT) if said == FSDP_FORMAT or halves else table
 
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
@@ -69,6 +76,10 @@ def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
         record = index.objects.get(name)
         if record is not None:
             found[name] = load_object(index.path(record.file), record.offset, record.length)
+    args = found.get("args")
+    if args is not None and not isinstance(args.state if isinstance(args, Record) else args, Mapping):
+        where = index.path(index.objects["args"].file)
+        raise ExportError(f"{where}: the record of args holds a {type(args).__name__} that is no saved arguments")
     return found
 
 
@@ -82,10 +93,18 @@ def _renamed(index: CheckpointIndex) -> CheckpointIndex:
     for name, info in index.tensors.items():
         chunks = index.chunks(name)
         if name.endswith("._extra_state"):  # bytes of TransformerEngine's layers, from its release 2 on
-            builder.ignore("state of layers that is no weight", num_bytes=sum(chunk.length for chunk in chunks))
+            _add_state(builder, name, chunks)
         else:
             builder.add(torch_dist_name(name), info.shape, info.dtype, chunks)
     return builder.build()
+
+
+def _add_state(builder: IndexBuilder, name: str, chunks: Sequence[Chunk]) -> None:
+    """A layer's state is an object here too, though a tensor of bytes holds it."""
+    if len(chunks) == 1:
+        builder.objects[name] = ObjectRecord(chunks[0].file, chunks[0].offset, chunks[0].length)
+    else:
+        builder.ignore("state of layers that is no weight", num_bytes=sum(chunk.length for chunk in chunks))
 
 
 def torch_dist_name(name: str) -> str:
@@ -99,14 +118,13 @@ def torch_dist_name(name: str) -> str:
     return name
 
 
-def _check(folder: Path, index: CheckpointIndex, args: object) -> None:
-    transposed = next((name for name in index.tensors if _TRANSPOSED.search(name)), None)
-    if transposed is not None:
+def _check(folder: Path, index: CheckpointIndex, arguments: object) -> None:
+    together = next((name for name in index.tensors if _TOGETHER.search(name)), None)
+    if together is not None:
         raise ExportError(
-            f"{folder}: {transposed} holds all experts of GroupedMLP in transposed blocks, whose sizes are not saved; "
-            + _ADVICE
+            f"{folder}: {together} holds all experts of a rank as one tensor (GroupedMLP, --moe-single-grouped-weight)"
+            f", whose division among ranks and rows is not saved; {_ADVICE}"
         )
-    arguments = args.state if isinstance(args, Record) else args
     if not isinstance(arguments, Mapping):
         return
     stages = arguments.get("pipeline_model_parallel_size")
@@ -116,9 +134,21 @@ def _check(folder: Path, index: CheckpointIndex, args: object) -> None:
             f"so they overwrote one another; go back to the training run and {_ADVICE}"
         )
     wanted = arguments.get("num_experts")
-    numbers = {int(n) for name in index.tensors for n in re.findall(r"\.experts\.experts\.(\d+)\.", name)}
-    if isinstance(wanted, int) and wanted and numbers and numbers != set(range(wanted)):
-        raise ExportError(
-            f"{folder}: holds {len(numbers)} of {wanted} experts: before Megatron-Core 0.16 the ranks of an "
-            f"expert-parallel save wrote theirs under the same names; {_ADVICE}"
-        )
+    if isinstance(wanted, int) and wanted:
+        _check_experts(folder, index, wanted)
+
+
+def _check_experts(folder: Path, index: CheckpointIndex, wanted: int) -> None:
+    """Every kind of tensor is there for every expert: which numbers are renamed depends on the release and the kind
+    (`handle_experts_in_state_dict` of fsdp_dtensor_checkpoint.py: from 0.16, and of weights alone)."""
+    found: dict[str, set[int]] = {}
+    for name in index.tensors:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            found.setdefault(f"{match['start']}{{expert}}.{match['rest']}", set()).add(int(match["expert"]))
+    for kind, numbers in found.items():
+        if numbers != set(range(wanted)):
+            raise ExportError(
+                f"{folder}: holds {kind} of {len(numbers)} of {wanted} experts: before Megatron-Core 0.16, and for "
+                f"biases still, the ranks of an expert-parallel save write theirs under the same names; {_ADVICE}"
+            )

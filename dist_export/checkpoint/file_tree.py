@@ -11,6 +11,7 @@ from dist_export.errors import ExportError
 
 MOST_FILES = 1 << 22
 """A zarr checkpoint of a large model has some hundred thousand."""
+_COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,7 @@ class FileTree:
 
     def read(self, name: str, *, most: int) -> bytes:
         """A whole small file. `ExportError` when it is missing, cannot be read or has more than `most` bytes."""
-        file = self.files.get(name)
-        if file is None:
-            raise ExportError(f"{self.where(name)} is missing")
-        if file.size > most:
-            raise ExportError(f"{self.where(name)} has {file.size} bytes, at most {most} are accepted")
+        file = self._file(name, most)
         try:
             with self.path(file).open("rb") as stream:
                 data = os.pread(stream.fileno(), file.size, file.base)
@@ -65,6 +62,28 @@ class FileTree:
         if len(data) != file.size:
             raise ExportError(f"{self.where(name)}: {len(data)} bytes could be read, {file.size} expected")
         return data
+
+    def copy(self, name: str, target: Path, *, most: int) -> None:
+        """Copy a file out, part by part. `ExportError` as `read` raises it."""
+        file = self._file(name, most)
+        done = 0
+        try:
+            with self.path(file).open("rb") as stream, target.open("xb") as output:
+                while done < file.size:
+                    data = os.pread(stream.fileno(), min(_COPY_BYTES, file.size - done), file.base + done)
+                    if not data:
+                        raise ExportError(f"{self.where(name)}: {done} bytes could be read, {file.size} expected")
+                    done += output.write(data)
+        except OSError as error:
+            raise ExportError(f"{self.where(name)}: cannot be copied to {target.parent}: {error.strerror}") from error
+
+    def _file(self, name: str, most: int) -> StoredFile:
+        file = self.files.get(name)
+        if file is None:
+            raise ExportError(f"{self.where(name)} is missing")
+        if file.size > most:
+            raise ExportError(f"{self.where(name)} has {file.size} bytes, at most {most} are accepted")
+        return file
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, StoredFile]]:

@@ -35,6 +35,7 @@ WEIGHT_FORMATS = (
     Format(zarr_dist.FORMAT, zarr_dist.is_zarr, zarr_dist.read_index, zarr_dist.read_common_state),
     Format(legacy.FORMAT, legacy.is_legacy, legacy.read_index, legacy.read_common_state),
     Format(dcp.FORMAT, dcp.is_dcp, dcp.read_index, dcp.read_common_state),
+    Format(dcp.FSDP_FORMAT, dcp.is_dcp, dcp.read_index, dcp.read_common_state),
 )
 """Folders of weights. First match wins."""
 

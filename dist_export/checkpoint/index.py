@@ -151,8 +151,23 @@ class CheckpointIndex:
         self._strides = _strides_of(columns)
 
     @property
+    def origin(self) -> Path:
+        """What the user named: `folder`, except where that is a temporary copy."""
+        return Path(self._header.get("origin", self.folder))
+
+    @property
     def num_chunks(self) -> int:
         return len(self._places)
+
+    @property
+    def parts(self) -> tuple[Mapping[str, Any], Columns]:
+        """Header and arrays, to make another table of."""
+        return self._header, self._columns
+
+    @property
+    def adapters(self) -> Mapping[str, Any] | None:
+        """``folder`` and ``iteration`` of the checkpoint that the adapters in the table are from, when not this one."""
+        return self._header.get("adapters")
 
     @property
     def num_weight_bytes(self) -> int:
@@ -198,6 +213,10 @@ class CheckpointIndex:
     def relabelled(self, format_name: str) -> CheckpointIndex:
         """The same table as one of another format: of the container that the weights are in."""
         return CheckpointIndex({**self._header, "format": format_name}, self._columns)
+
+    def copied_from(self, origin: Path) -> CheckpointIndex:
+        """The same table when its `folder` is a temporary copy of `origin`."""
+        return CheckpointIndex({**self._header, "origin": os.fspath(origin)}, self._columns)
 
     def moved_into(self, path: Path, bases: Mapping[str, int], *, format_name: str) -> CheckpointIndex:
         """The table when every file lies, whole, inside of the one file `path`, from byte ``bases[name]`` on."""

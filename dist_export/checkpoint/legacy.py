@@ -21,10 +21,9 @@ from dist_export.checkpoint.legacy_files import (
     find_rank_files,
     has_rank_folders,
     optimizer_file_sizes,
-    read_rank_state,
-    read_saved,
 )
 from dist_export.checkpoint.legacy_layout import Layout, argument, layout_of
+from dist_export.checkpoint.legacy_mla import down_projection_split, unfused
 from dist_export.checkpoint.legacy_names import (
     Split,
     expert_tensors,
@@ -37,6 +36,7 @@ from dist_export.checkpoint.legacy_names import (
     split_of,
 )
 from dist_export.checkpoint.legacy_shards import Blocks, Joined, Shard, halves, joined_along, reordered_qkv
+from dist_export.checkpoint.rank_states import read_rank_states, read_saved_keys
 from dist_export.errors import ExportError, Faults
 
 FORMAT = "legacy"
@@ -61,7 +61,7 @@ def read_index(folder: Path) -> CheckpointIndex:
     ranks = find_rank_files(folder)
     if not ranks:
         raise ExportError(f"{folder}: its mp_rank_ folders hold no weights, only optimizer state")
-    states = [read_rank_state(folder / rank.name, number) for number, rank in enumerate(ranks)]
+    states = read_rank_states([folder / rank.name for rank in ranks])
     builder = index_of_ranks(folder, ranks, states)
     for size in optimizer_file_sizes(folder):
         builder.ignore("optimizer state", num_bytes=size)
@@ -70,8 +70,7 @@ def read_index(folder: Path) -> CheckpointIndex:
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
     """What the first rank saved beside the weights: arguments, iteration and ``checkpoint_version``."""
-    state = read_saved(index.path(0)).value
-    return {name: state[name] for name in _COMMON if name in state}
+    return read_saved_keys(index.path(0), _COMMON)
 
 
 def index_of_ranks(folder: Path, ranks: Sequence[RankFile], states: Sequence[RankState]) -> IndexBuilder:
@@ -147,9 +146,11 @@ class _Assembly:
                 self._builder.ignore(reason, num_bytes=shard.num_bytes)
             else:
                 kept[without_wrapper_prefix(name)] = shard
-        if not is_classic(kept):
-            return {name: (shard,) for name, shard in kept.items()}
-        return self._classic(state, kept)
+        if is_classic(kept):
+            return self._classic(state, kept)
+        arguments, tp, where = self._arguments, self._layout.tp, str(state.path)
+        apart = (unfused(name, shard, arguments, tp, where=where) for name, shard in kept.items())
+        return {name: (shard,) for parts in apart for name, shard in parts}
 
     def _classic(self, state: RankState, tensors: Mapping[str, Shard]) -> Chunk:
         heads = argument(self._arguments, "num_attention_heads")
@@ -244,7 +245,8 @@ class _Assembly:
     def _num_local_experts(self, name: str, chunk: Chunk, number: int) -> int:
         """Experts per ep rank, from the router's rows."""
         router = chunk.get(router_of(name))
-        total = router[0].shape[0] if router else argument(self._arguments, "num_experts")
+        rows = router[0].shape[:1] if router else ()
+        total = rows[0] if rows else argument(self._arguments, "num_experts")
         if not total or total % self._layout.ep:
             raise ExportError(
                 f"{self._states[number].path}: {name}: {total or 'an unknown number of'} experts cannot be shared by "
@@ -276,10 +278,15 @@ class _Assembly:
 
     def _joined(self, local: str, ranks: list[Blocks], beside: Chunk, where: str) -> Joined:
         split = split_of(local)
+        if split is None:
+            split = down_projection_split(local, ranks[0][0], self._arguments, len(ranks), where=where)
         kinds = [[(block.shape, block.dtype) for block in blocks] for blocks in ranks]
         if any(kind != kinds[0] for kind in kinds):
             listed = "; ".join(f"{dtype} {list(shape)}" for (shape, dtype), *_ in kinds)
             raise ExportError(f"{where}: tp ranks have different shards: {listed}")
+        (shape, _), *_ = kinds[0]
+        if split is not None and len(shape) < split.num_dims:
+            raise ExportError(f"{where}: has shape {list(shape)}, expected {split.num_dims} dims or more")
         if split is None and len(ranks) > 1:
             raise ExportError(f"{where}: how tp ranks share this tensor is not known, so its shards cannot be joined")
         blocks = [block for rank in ranks for block in rank]

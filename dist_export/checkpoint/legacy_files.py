@@ -26,6 +26,12 @@ _OPTIMIZER_FILES = ("optim.pt", "distrib_optim.pt")
 """Optimizer state, never opened."""
 _FOLDER = re.compile(r"mp_rank_(\d{2,6})((?:_\d{3,6})*)")
 _CHUNK = re.compile(r"model(\d{0,4})")
+_UNUSED = (
+    ("optim", "optimizer state"),
+    ("rng", "random number generators"),
+    ("modelopt", "quantiser state (modelopt_state)"),
+)
+"""What is in a name -> what its value is, where it is neither the model nor of the training run's own."""
 _MOST_PICKLE_BYTES = 1 << 25  # of one rank; 10 000 tensors and their optimizer state take about 10 MB
 _ZIP = b"PK\x03\x04"
 _TAR_MAGIC = slice(257, 262)
@@ -220,7 +226,9 @@ def _shard(saved: SavedState, name: str, ref: TensorRef, file: int) -> Shard:
 def _count_unused(state: Mapping[Any, object], unused: Unused) -> None:
     for key, value in state.items():
         if isinstance(key, str) and not _CHUNK.fullmatch(key):
-            reason = "optimizer state" if "optim" in key else "training state"
+            reason = next((reason for part, reason in _UNUSED if part in key), "training state")
+            if reason != "training state":
+                unused.add(reason, 0, number=0)  # named even where it holds no tensors
             for ref in tensors_in(value):
                 num_bytes = dtype_by_name(ref.dtype, where=key).itemsize
                 for size in ref.shape:

@@ -34,14 +34,26 @@ class Layout:
         return [min(number for rank, number in self.files.items() if rank[:2] == (tp, pp)) for tp in range(self.tp)]
 
     def experts(self, pp: int, ep: int) -> list[int]:
-        """Files with the experts of an ep rank in a stage, by expert-tp rank. `ExportError` when names do not tell."""
-        if self.expert_tp not in (1, self.tp):
+        """Files with the experts of an ep rank in a stage, by expert-tp rank: the first replica of each.
+
+        In every rank order of Megatron-Core tp is the fastest axis, of dense tensors and of experts alike
+        (parallel_state.py, `RankGenerator`), so the expert-tp rank of a folder is its tp rank modulo `expert_tp`.
+        """
+        if not self.names_tell_expert_tp:
             raise ExportError(
-                f"expert_tensor_parallel_size {self.expert_tp} is neither 1 nor tp {self.tp}: folders do not say which "
-                "expert shard they hold; save again as torch_dist"
+                f"expert_tensor_parallel_size {self.expert_tp} does not divide tp {self.tp}: ranks with different "
+                "expert shards wrote the same files, so some are lost; save again as torch_dist"
             )
-        here = {rank[0]: number for rank, number in self.files.items() if rank[1:] == (pp, ep)}
-        return [here[tp] for tp in sorted(here)[: self.expert_tp]]
+        here = {rank[0] % self.expert_tp: number for rank, number in reversed(self._of_stage(pp, ep))}
+        return [here[expert_tp] for expert_tp in range(self.expert_tp)]
+
+    @property
+    def names_tell_expert_tp(self) -> bool:
+        """Whether a folder's tp rank says which expert shard it holds."""
+        return self.tp % self.expert_tp == 0
+
+    def _of_stage(self, pp: int, ep: int) -> list[tuple[Rank, int]]:
+        return sorted((rank, number) for rank, number in self.files.items() if rank[1:] == (pp, ep))
 
 
 def argument(arguments: Mapping[str, object] | None, *names: str) -> int | None:
@@ -133,7 +145,7 @@ def _lost_dense(tp: int, pp: int, layout: Layout) -> str:
     message = f"mp_rank_{tp:02d}{stage} is missing: the weights of tp rank {tp}" + (
         f", pp rank {pp} are in no folder" if layout.pp > 1 else " are in no folder"
     )
-    if layout.ep > 1 and layout.expert_tp < layout.tp:
+    if tp >= layout.ep * layout.expert_tp:
         return (
             f"{message}; Megatron-Core 0.10 to 0.17 never wrote them where expert_tensor_parallel_size is below "
             "tensor_model_parallel_size: save again with 0.18, or as torch_dist"
@@ -147,6 +159,10 @@ def _check_experts(layout: Layout, pp: int, ep: int, faults: Faults) -> None:
     there = {rank[0] for rank in layout.files if rank[1:] == (pp, ep)}
     if not there:
         faults.add(f"no folder holds the experts of ep rank {ep} of pipeline stage {pp}; copy it again")
-    elif layout.expert_tp == layout.tp and there != set(range(layout.tp)):
-        missing = sorted(set(range(layout.tp)) - there)
-        faults.add(f"the experts of ep rank {ep}, stage {pp} are split over tp, but tp ranks {missing} are missing")
+    elif layout.names_tell_expert_tp:
+        missing = sorted(set(range(layout.expert_tp)) - {tp % layout.expert_tp for tp in there})
+        if missing:
+            faults.add(
+                f"the experts of ep rank {ep}, stage {pp} are split over {layout.expert_tp} ranks, but the folders of "
+                f"expert-tp ranks {missing} are missing"
+            )

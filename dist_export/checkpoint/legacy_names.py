@@ -23,6 +23,11 @@ class Split(Enum):
     COLUMNS = "along dim 1"
     GATE_UP = "along dim 0; a gated one as [gate; up] on every rank"
 
+    @property
+    def num_dims(self) -> int:
+        """Dims that a tensor must have to be shared so."""
+        return {Split.REPLICATED: 0, Split.COLUMNS: 2}.get(self, 1)
+
 
 _SPLITS: tuple[tuple[re.Pattern[str], Split], ...] = tuple(
     (re.compile(rf"(^|\.)({pattern})$"), split)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,25 @@ def read_index(path: Path) -> CheckpointIndex:
     tree = _tree(path)
     if CONFIG not in tree.files:
         raise ExportError(f"{path}: an archive without {CONFIG}, so not a .nemo file")
+    if tree.root == path:
+        return _read_index(path, tree)
+    with _named(tree.root, path):
+        return _read_index(path, tree).copied_from(path.absolute())
+
+
+def _read_index(path: Path, tree: FileTree) -> CheckpointIndex:
     index = _read_weights(path, tree)
     refuse_adapters(index)
     return index
+
+
+@contextmanager
+def _named(copy: Path, path: Path) -> Iterator[None]:
+    """Errors about a temporary copy speak of the archive."""
+    try:
+        yield
+    except ExportError as error:
+        raise ExportError(str(error).replace(str(copy), str(path))) from error
 
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
@@ -85,7 +102,8 @@ def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
         tree = open_tar(top)
     else:
         tree = FileTree(top, {CONFIG: StoredFile(CONFIG, 0, (top / CONFIG).stat().st_size)})
-    return {"args": _arguments(tree)}
+    with _named(index.folder, index.origin):
+        return {"args": _arguments(tree)}
 
 
 def _arguments(tree: FileTree) -> dict[str, object]:
@@ -117,11 +135,9 @@ def _torch_dist_inside(archive: Path, weights: FileTree) -> CheckpointIndex:
     """The table of a torch_dist folder in an archive: only ``.metadata`` is copied out, since a large one is parsed by
     another process."""
     with tempfile.TemporaryDirectory(prefix="dist_export-") as folder:
-        (Path(folder) / ".metadata").write_bytes(weights.read(".metadata", most=_MOST_METADATA))
-        try:
+        weights.copy(".metadata", Path(folder) / ".metadata", most=_MOST_METADATA)
+        with _named(Path(folder), Path(f"{archive}: {WEIGHTS}")):
             table = torch_dist.read_table(Path(folder))
-        except ExportError as error:
-            raise ExportError(str(error).replace(folder, f"{archive}: {WEIGHTS}")) from error
     missing = [name for name in table.files if name not in weights.files]
     if missing:
         raise ExportError(f"{archive}: {WEIGHTS} lacks {', '.join(missing[:5])}, of which its metadata speaks")
@@ -145,6 +161,7 @@ def config_arguments(config: Mapping[str, Any], *, origin: str) -> dict[str, obj
     for name, (argument, default) in _NAMES.items():
         value = arguments.pop(name, None)
         arguments[argument] = default if value is None else value
+    arguments["tokenizer_type"] = _tokenizer(config.get("tokenizer"))
     _add_activation(arguments, origin)
     _add_normalization(arguments, origin)
     _add_sizes(arguments)
@@ -168,6 +185,14 @@ def _resolved(config: Mapping[str, Any], value: object, where: str) -> object:
             break
         value = found
     raise ExportError(f"{where} is {value!r:.100}, which does not name another key of the file; write the value itself")
+
+
+def _tokenizer(config: object) -> str | None:
+    """What the tokenizer is, in words: its size is all that a model takes from it, and is not in the file."""
+    if not isinstance(config, Mapping):
+        return None
+    words = (config.get("library"), config.get("model") or config.get("type"))
+    return ", ".join(word.removeprefix("nemo:") for word in words if isinstance(word, str)) or None
 
 
 def _add_activation(arguments: dict[str, object], origin: str) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_export.checkpoint import formats
-from dist_export.checkpoint.adapters import refuse_adapters
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.plain_text import MOST_BYTES, parse_yaml
@@ -29,19 +28,12 @@ def is_nemo2(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> CheckpointIndex:
-    """The chunk table. Raises `ExportError` for saves that did not finish and for adapters without their model."""
+    """The chunk table, of a model or of adapters. Raises `ExportError` for saves that did not finish."""
     top = _top(folder)
     marker = top.with_name(top.name + "-unfinished")
     if marker.exists():
         raise ExportError(f"{top}: the save did not finish: {marker.name} is still beside it")
-    if (top / "weights" / "adapter_metadata.json").exists():
-        raise ExportError(
-            f"{top}: holds only adapter weights (weights/adapter_metadata.json). Merge them into the base model first "
-            "(llm.peft.merge_lora) and export the result"
-        )
-    index = formats.read_weights(top / "weights", FORMAT)
-    refuse_adapters(index)
-    return index
+    return formats.read_weights(top / "weights", FORMAT)
 
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
@@ -51,8 +43,17 @@ def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:
     found: dict[str, object] = {"iteration": step} if type(step) is int else {}
     config = top / "context" / "model.yaml"
     if config.is_file():
-        found["args"] = provider_arguments(_model_config(config))
+        found["args"] = provider_arguments(_model_config(_model(config), config))
     return found
+
+
+def adapter_section(top: Path) -> tuple[object, Mapping[str, object]]:
+    """(``model_transform``, the model's fields as arguments) of context/model.yaml."""
+    path = top / "context" / "model.yaml"
+    if not path.is_file():
+        raise ExportError(f"{path}: missing; it would say how the adapters of the checkpoint are scaled")
+    model = _model(path)
+    return model.get("model_transform"), provider_arguments(_model_config(model, path))
 
 
 def _top(folder: Path) -> Path:
@@ -60,9 +61,12 @@ def _top(folder: Path) -> Path:
     return folder.parent if inside else folder
 
 
-def _model_config(path: Path) -> dict[str, Any]:
+def _model(path: Path) -> dict[str, Any]:
     tree = FileTree(path.parent, {path.name: StoredFile(path.name, 0, path.stat().st_size)})
-    model = parse_yaml(tree.read(path.name, most=MOST_BYTES), origin=str(path))
+    return parse_yaml(tree.read(path.name, most=MOST_BYTES), origin=str(path))
+
+
+def _model_config(model: Mapping[str, Any], path: Path) -> dict[str, Any]:
     config = model.get("config")
     if not isinstance(config, dict):
         raise ExportError(f"{path}: has no config of a model")

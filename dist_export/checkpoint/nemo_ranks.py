@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dist_export.checkpoint import legacy
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, Item
 from dist_export.checkpoint.legacy_files import RankFile, RankState, Unused
 from dist_export.checkpoint.legacy_shards import Shard
 from dist_export.checkpoint.pickles import TensorRef
+from dist_export.checkpoint.rank_states import MOST_PICKLE_BYTES, pack_state, states_in_child
 from dist_export.checkpoint.torch_save import SavedState, read_state
 from dist_export.errors import ExportError, Faults
 from dist_export.tensors.dtypes import dtype_by_name
@@ -39,34 +43,73 @@ def read_rank_files(tree: FileTree, arguments: Mapping[str, object]) -> Checkpoi
     Raises `ExportError` as `legacy.index_of_ranks` does, and for files that are no flat dicts of tensors.
     """
     ranks: list[RankFile] = []
-    states: list[RankState] = []
+    files: list[_Weights] = []
     numbers: dict[str, int] = {}
     for name, file in sorted(tree.files.items()):
         match = _NAME.match(name)
         if match:
             suffixes = (int(match["pp"]),) if match["pp"] else ()
             ranks.append(RankFile(file.name, int(match["mp"] or match["tp"] or 0), suffixes))
-            number = numbers.setdefault(file.name, len(numbers))
-            states.append(_read(tree, name, file, number=number, arguments=arguments))
+            files.append(_Weights(str(tree.root), name, file, numbers.setdefault(file.name, len(numbers))))
+    # Rows of query, key and value: 3 x heads, or heads x 3.
+    version = 0.0 if arguments.get("megatron_legacy") is True else 3.0
+    states = [replace(state, arguments=arguments, version=version) for state in _states(files)]
     return legacy.index_of_ranks(tree.root, ranks, states).build()
 
 
-def _read(
-    tree: FileTree, name: str, file: StoredFile, *, number: int, arguments: Mapping[str, object]
-) -> RankState:
-    where = tree.where(name)
-    with tree.path(file).open("rb") as stream:
-        saved = read_state(
-            lambda at, size: os.pread(stream.fileno(), size, at), file.base, file.size, origin=where
-        )
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A state dict file."""
+
+    root: str
+    """The folder or the archive."""
+    name: str
+    file: StoredFile
+    number: int
+    """Of the file in the table that holds it: of an archive's there is one."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.root}: {self.name}"
+
+
+def _states(files: Sequence[_Weights]) -> list[RankState]:
+    sizes = [each.file.size for each in files]
+    if sum(sizes) <= IN_PROCESS_BYTES:
+        return [_read(each) for each in files]
+    items: list[Item] = [
+        [os.path.abspath(each.root), each.name, each.file.name, each.file.base, each.file.size, each.number]
+        for each in files
+    ]
+    return states_in_child(packed_weights, items, names=[each.where for each in files], sizes=sizes)
+
+
+def packed_weights(root: str, name: str, stored_name: str, base: int, size: int, number: int) -> bytes:
+    """In the child of `isolation`: the state of one file."""
+    return pack_state(_read(_Weights(root, name, StoredFile(stored_name, base, size), number)))
+
+
+def _read(weights: _Weights) -> RankState:
+    file, root = weights.file, Path(weights.root)
+    try:
+        with (root / file.name).open("rb") as stream:
+            saved = read_state(
+                lambda at, size: os.pread(stream.fileno(), size, at),
+                file.base,
+                file.size,
+                origin=weights.where,
+                max_pickle_bytes=MOST_PICKLE_BYTES,
+            )
+    except OSError as error:
+        raise ExportError(f"{weights.where}: cannot be read: {error.strerror or error}") from error
     unused = Unused()
     return RankState(
-        path=tree.root / name,
-        chunks=(_tensors(saved, number, unused),),
+        path=root / weights.name,
+        chunks=(_tensors(saved, weights.number, unused),),
         objects=({},),
-        arguments=arguments,
+        arguments=None,
         iteration=None,
-        version=0.0 if arguments.get("megatron_legacy") is True else 3.0,  # query, key, value: 3 x heads, or heads x 3
+        version=3.0,
         unused=unused,
     )
 

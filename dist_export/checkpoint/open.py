@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_export.checkpoint import bridge, nemo, nemo2
+from dist_export.checkpoint.adapter_settings import adapter_settings
+from dist_export.checkpoint.adapters import AdapterSettings, check_whole, with_base
 from dist_export.checkpoint.formats import WEIGHT_FORMATS, Format
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.index_cache import cached_index
+from dist_export.checkpoint.master_weights import with_master_weights
 from dist_export.checkpoint.pickles import Record
 from dist_export.errors import ExportError
 
@@ -32,6 +35,8 @@ class Checkpoint:
 
     index: CheckpointIndex
     common: Mapping[str, object]
+    adapters: AdapterSettings | None = None
+    """How the adapters in the table are scaled; None where it holds none."""
 
     @property
     def arguments(self) -> Mapping[str, object] | None:
@@ -84,26 +89,60 @@ def find_iteration(path: Path, *, iteration: int | None = None) -> Path:
     return _numbered(path, int(text))
 
 
-def open_checkpoint(path: Path, *, iteration: int | None = None, index_cache: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    *,
+    iteration: int | None = None,
+    index_cache: Path | None = None,
+    base: Path | None = None,
+    master_weights: bool = False,
+) -> Checkpoint:
     """Open the checkpoint at `path` by looking at what is there. Reads metadata only, never weights.
 
-    With `index_cache` the chunk table is taken from that file, or kept there for the next time.
+    With `index_cache` the chunk table (that of `base`, where given) is taken from that file, or kept there for the next
+    time. `base` is the model that the adapters at `path` belong to. With `master_weights` the tensors are the fp32
+    weights out of the optimizer's state, which is read anew each time.
 
-    Raises `ExportError` when it is not a checkpoint, not of a known format, unfinished or damaged.
+    Raises `ExportError` when it is not a checkpoint, not of a known format, unfinished or damaged, when it holds
+    nothing but adapters and `base` is not given, and when it has no master weights in the model's shapes.
     """
     folder = find_iteration(path, iteration=iteration)
-    for known in FORMATS:
-        if known.recognises(folder):
-            read = known.read_index
-            return checkpoint_of(cached_index(folder, index_cache, read) if index_cache else read(folder))
-    raise ExportError(_unrecognised(folder))
+    if base is not None and master_weights:
+        raise ExportError("--base and --master-weights exclude each other: adapters were trained on the base's weights")
+    if base is not None:
+        known = _format_of(folder)
+        adapters, base_folder = known.read_index(folder), find_iteration(base)
+        table = with_base(
+            adapters,
+            _read_index(base_folder, index_cache),
+            iteration=known.read_common(adapters).get("iteration"),
+        )
+        return checkpoint_of(table)
+    index = with_master_weights(_read_index(folder, None)) if master_weights else _read_index(folder, index_cache)
+    check_whole(index)
+    return checkpoint_of(index)
 
 
 def checkpoint_of(index: CheckpointIndex) -> Checkpoint:
     """The checkpoint that a chunk table is of: reads what training saved beside the weights."""
     name = index.format.partition(" (")[0]
     known = next(each for each in FORMATS if each.name == name)
-    return Checkpoint(index, known.read_common(index))
+    common = known.read_common(index)
+    if index.adapters is not None:
+        common = {**common, "iteration": index.adapters["iteration"]}
+    return Checkpoint(index, common, adapter_settings(index))
+
+
+def _format_of(folder: Path) -> Format:
+    for known in FORMATS:
+        if known.recognises(folder):
+            return known
+    raise ExportError(_unrecognised(folder))
+
+
+def _read_index(folder: Path, cache: Path | None) -> CheckpointIndex:
+    read = _format_of(folder).read_index
+    return cached_index(folder, cache, read) if cache else read(folder)
 
 
 def _numbered(path: Path, iteration: int) -> Path:

@@ -224,6 +224,9 @@ def rebuild_tensor(storage: object, offset: object, size: object, strides: objec
     return _tensor(storage.dtype, storage, offset, size, strides)
 
 
+NESTED_STORAGES = frozenset(("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes"))
+"""What plain pickle calls to make a storage, with a ``torch.save`` file of its own as bytes. Nothing here opens those:
+the storage is a `Record` of that name, and so is a tensor over it (``torch._utils._rebuild_tensor_v2``)."""
 _REBUILT_V2 = record_class("torch._utils._rebuild_tensor_v2")
 _REBUILT_V3 = record_class("torch._utils._rebuild_tensor_v3")
 _REBUILT_PARAMETER = record_class("torch._utils._rebuild_parameter")
@@ -233,6 +236,8 @@ def rebuild_tensor_v2(*args: Any) -> object:
     """``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata=None)``."""
     storage, offset, size, strides, _, _, *metadata = args
     if any(metadata):  # conjugate or negative bit set: the stored bytes are not the values
+        return _REBUILT_V2(*args)
+    if isinstance(storage, Record) and storage.kind in NESTED_STORAGES:
         return _REBUILT_V2(*args)
     return rebuild_tensor(storage, offset, size, strides)
 

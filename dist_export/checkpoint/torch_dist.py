@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from dist_export.checkpoint.gated_bias import check_gated_biases
 from dist_export.checkpoint.ignored import ignored_reason
 from dist_export.checkpoint.index import (
     CheckpointIndex,
@@ -21,7 +22,7 @@ from dist_export.checkpoint.index import (
     without_wrapper_prefix,
 )
 from dist_export.checkpoint.index_builder import IndexBuilder, Place
-from dist_export.checkpoint.isolation import index_in_child
+from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, index_in_child
 from dist_export.checkpoint.metadata_records import ChunkStorageMetadata, TensorStorageMetadata
 from dist_export.checkpoint.pickles import Metadata, load_metadata_pickle
 from dist_export.checkpoint.torch_save import load_object
@@ -32,9 +33,6 @@ from dist_export.tensors.dtypes import dtype_by_name
 FORMAT = "torch_dist"
 COMMON_STATE = "common_state/shard_0_1"
 """Key of the record that holds the common state from Megatron-Core 0.19 on; before, the file common.pt."""
-IN_PROCESS_BYTES = 2 << 20
-"""Largest ``.metadata`` that is parsed without a process of its own. No opcode that the look before parsing lets
-through costs more than about 230 bytes of memory per byte, so the worst such file costs half a gigabyte."""
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -92,7 +90,12 @@ def parse_index(folder: Path) -> CheckpointIndex:
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    return _build(folder, load_metadata_pickle(data, origin=str(path)))
+    return build_index(folder, load_metadata_pickle(data, origin=str(path)))
+
+
+def packed_index(folder: str) -> bytes:
+    """In the child of `isolation`: what `parse_index` makes of a folder, as a buffer."""
+    return parse_index(Path(folder)).to_bytes()
 
 
 def _unreadable(path: Path, error: OSError) -> ExportError:
@@ -126,7 +129,8 @@ def read_mapping(path: Path, offset: int, length: int) -> Mapping[str, object]:
     return value
 
 
-def _build(folder: Path, metadata: Metadata) -> CheckpointIndex:
+def build_index(folder: Path, metadata: Metadata) -> CheckpointIndex:
+    """The chunk table that metadata describes. Raises `ExportError` as `read_index`, without a look at the files."""
     builder = IndexBuilder(folder, FORMAT, chunks_are_records=True)
     places = _places(builder, metadata, folder)
     for key, entry in metadata.state_dict_metadata.items():
@@ -145,7 +149,9 @@ def _build(folder: Path, metadata: Metadata) -> CheckpointIndex:
             builder.ignore(reason, num_bytes=math.prod(entry.size) * itemsize)
         else:
             _add_tensor(builder, name, entry, dtype, places.get(key, {}))
-    return builder.build()
+    index = builder.build()
+    check_gated_biases(index)
+    return index
 
 
 def _add_tensor(

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_export.checkpoint.hand_over import pack, unpack
+from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, ParseLimits, in_child
 from dist_export.checkpoint.pickles import Record, ScanLimits, TensorRef, load_state_pickle
 from dist_export.errors import ExportError
 
@@ -357,6 +359,26 @@ class _Zip:
 
 
 def load_object(path: Path, base: int, length: int) -> Any:
-    """The object that ``torch.save`` wrote to a range of a file, as `read_state` gives it."""
-    with path.open("rb") as file:
-        return read_state(lambda at, size: os.pread(file.fileno(), size, at), base, length, origin=str(path)).value
+    """The object that ``torch.save`` wrote to a range of a file, as `read_state` gives it.
+
+    A large one is parsed by a process of its own (`isolation`). Raises `ExportError` as `read_state` does and for what
+    that process may not cost.
+    """
+    if length <= IN_PROCESS_BYTES:
+        return _object_in(path, base, length)
+    limits = ParseLimits.for_size(min(length, _MAX_PICKLE))
+    (result,) = in_child(packed_object, [[str(path.absolute()), base, length]], names=[str(path)], limits=limits)
+    return unpack(result, origin=str(path))
+
+
+def packed_object(path: str, base: int, length: int) -> bytes:
+    """In the child of `isolation`: the object in a range of a file."""
+    return pack(_object_in(Path(path), base, length), origin=path)
+
+
+def _object_in(path: Path, base: int, length: int) -> Any:
+    try:
+        with path.open("rb") as file:
+            return read_state(lambda at, size: os.pread(file.fileno(), size, at), base, length, origin=str(path)).value
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -20,6 +20,7 @@ from typing import Any
 
 from dist_export.checkpoint import torch_dist
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
+from dist_export.checkpoint.gated_bias import check_gated_biases
 from dist_export.checkpoint.ignored import ignored_reason
 from dist_export.checkpoint.index import CheckpointIndex, ObjectRecord, without_wrapper_prefix
 from dist_export.checkpoint.index_builder import IndexBuilder, Place
@@ -72,7 +73,9 @@ def read_tree(tree: FileTree) -> CheckpointIndex:
             faults.add(str(error))
     faults.raise_if_any()
     _add_objects(builder, tree, arrays)
-    return builder.build()
+    index = builder.build()
+    check_gated_biases(index)
+    return index
 
 
 def read_common_state(index: CheckpointIndex) -> Mapping[str, object]:

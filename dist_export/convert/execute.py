@@ -18,11 +18,13 @@ import numpy.typing as npt
 
 from dist_export.convert.journal import Done, Journal
 from dist_export.convert.ledger import Ledger
+from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.outputs import WritableFile
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.tiles import Tile, TileRead, cut
+from dist_export.plan.recipes import Stored
 from dist_export.plan.shard import PlannedTensor
-from dist_export.plan.work import Fill, OutputTensor, Use, WorkItem
+from dist_export.plan.work import Fill, OutputTensor, Use, WorkItem, flat_shape
 
 Block = npt.NDArray[Any]
 """[rows, columns] of raw elements, as unsigned integers of the element's size."""
@@ -37,6 +39,16 @@ class Converter(Protocol):
 
     def apply(self, planned: PlannedTensor, block: Block) -> npt.NDArray[Any]:
         """Target bytes of a block of source elements."""
+
+
+class TensorEncoder(Protocol):
+    """What makes codes and scales (`dist_export.convert.encode`)."""
+
+    def encode(self, planned: PlannedTensor, block: Block, place: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
+        """The codes of a block of weights at a place of the weight."""
+
+    def small(self, planned: PlannedTensor, rows: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        """Bytes of some rows of a tensor that is made apart from the weights."""
 
 
 class Observer(Protocol):
@@ -102,8 +114,10 @@ class Executor:
         self, sources: SourceFiles, outputs: Mapping[int, WritableFile], *, budget: Budget, observer: Observer
     ) -> None:
         self.sources, self.outputs, self.budget, self.observer = sources, outputs, budget, observer
+        self.merger = LowRankMerger(sources)
         self.ledger = Ledger()
         self.converter: Converter | None = None
+        self.encoder: TensorEncoder | None = None
         self.done = Done({})
         """What an earlier run has written."""
         self.journal: Journal | None = None
@@ -112,7 +126,10 @@ class Executor:
     def run(self, items: Sequence[WorkItem], fills: Iterable[Fill]) -> None:
         """Do all of the work. The first failure stops every thread and is raised."""
         for fill in fills:
-            self._write_zeros(fill)
+            if fill.output.planned.is_small:
+                self._write_small(fill.output)
+            else:
+                self._write_zeros(fill)
         tiles = self._tiles(items)
         with ThreadPoolExecutor(self.budget.num_threads, "tile") as pool:
             futures = [pool.submit(self._work, tiles) for _ in range(self.budget.num_threads)]
@@ -141,10 +158,11 @@ class Executor:
             if self.done and not self._is_missing(tile):
                 continue
             parts = self._read(tile, read_buffer)
+            merged = self.merger.merge(tile, parts) if tile.item.update else 0
             written = sum(self._write_use(tile, use, parts, block_buffer) for use in tile.uses)
             num_rows = tile.rows[1] - tile.rows[0]
             read = sum(r.num_bytes(num_rows, tile.item.dtype.itemsize) for r in tile.reads)
-            self.observer.progress(read, written)
+            self.observer.progress(read + merged, written)
 
     def _is_missing(self, tile: Tile) -> bool:
         """Whether some byte that the tile writes is not done."""
@@ -206,10 +224,20 @@ class Executor:
         planned = use.output.planned
         if planned.transposed:
             block = np.ascontiguousarray(block.T)
-        data, size = self._target_bytes(planned, block, buffer), planned.dtype.itemsize
+        if planned.recipe is not None:
+            data = self._codes(use, (first - top + use.row, end - top + use.row), block)
+        else:
+            data = self._target_bytes(planned, block, buffer)
+        size = planned.dtype.itemsize
         for offset, length, start in _place(tile, use).runs(_width(use)):
             self._write(use.output, offset * size, data[start * size : (start + length) * size])
         return data.nbytes
+
+    def _codes(self, use: Use, rows: tuple[int, int], block: Block) -> memoryview:
+        """The codes of a block that lies in `rows` of the weight."""
+        assert self.encoder is not None, f"{use.output.planned.name} needs an encoder"
+        place = (*rows, use.column, use.column + block.shape[1])
+        return memoryview(self.encoder.encode(use.output.planned, block, place).data).cast("B")
 
     def _target_bytes(self, planned: PlannedTensor, block: Block, buffer: _Buffer) -> memoryview:
         if not planned.moves_only:
@@ -230,6 +258,16 @@ class Executor:
             if self.journal is not None:
                 self.journal.note(output.key, run)
 
+    def _write_small(self, output: OutputTensor) -> None:
+        """A tensor that is made apart from the weights, some rows at a time."""
+        planned = output.planned
+        assert self.encoder is not None, f"{planned.name} needs an encoder"
+        num_rows, width = flat_shape(planned.view.shape)
+        step = num_rows if not isinstance(planned.recipe, Stored) else max(MIB // (width * 8), 1)
+        for first in range(0, num_rows, step):
+            data = self.encoder.small(planned, (first, min(first + step, num_rows)))
+            self._write(output, first * width * planned.dtype.itemsize, memoryview(data.data).cast("B"))
+
     def _write_zeros(self, fill: Fill) -> None:
         output, itemsize = fill.output, fill.output.planned.dtype.itemsize
         offset, left = fill.first * itemsize, fill.num_elements * itemsize
@@ -244,13 +282,16 @@ def _place(tile: Tile, use: Use) -> Rectangle2D:
     """Where the part of a use that a tile makes goes in the output tensor."""
     top, bottom, left, right = use.source
     first, end = max(top, tile.rows[0]), min(bottom, tile.rows[1])
-    place = Rectangle2D(use.row + first - top, use.column, end - first, right - left)
+    down, across = use.output.planned.packing
+    row, column = (use.row + first - top) // down, use.column // across
+    place = Rectangle2D(row, column, (end - first) // down, (right - left) // across)
     return place.transposed() if use.output.planned.transposed else place
 
 
 def _width(use: Use) -> int:
     """Elements per row of the output tensor as stored."""
-    return use.output.planned.shape[-1] if use.output.planned.transposed else use.output.width
+    planned = use.output.planned
+    return planned.shape[-1] if planned.transposed else use.output.width // planned.packing[1]
 
 
 def _assembled(

@@ -19,6 +19,7 @@ Run = tuple[int, int, int]
 TensorKey = tuple[int, int]
 """(output file number, tensor number in its plan)."""
 
+PIECE_BYTES = 64 << 20  # longest run that compaction makes: short enough to be checked as one when it is copied
 COMPACT_EVERY = 1 << 14  # runs kept per tensor table before neighbours are merged: bounds memory, costs little
 
 
@@ -42,20 +43,24 @@ class Ledger:
             self._runs.setdefault(key, []).extend(runs)
             self._since_compaction += 1
             if self._since_compaction >= COMPACT_EVERY:
-                self._runs = {key: merged(runs) for key, runs in self._runs.items()}
+                self._runs = {key: merged(runs, longest=PIECE_BYTES) for key, runs in self._runs.items()}
                 self._since_compaction = 0
 
-    def runs(self) -> dict[TensorKey, list[Run]]:
-        """What was written, neighbours merged."""
+    def runs(self, *, longest: int | None = None) -> dict[TensorKey, list[Run]]:
+        """What was written, neighbours merged as `merged` does it."""
         with self._lock:
-            return {key: merged(runs) for key, runs in self._runs.items()}
+            return {key: merged(runs, longest=longest) for key, runs in self._runs.items()}
 
 
-def merged(runs: Iterable[Run]) -> list[Run]:
-    """Runs in order of offset, with neighbours that touch made one. Overlaps are kept apart."""
+def merged(runs: Iterable[Run], *, longest: int | None = None) -> list[Run]:
+    """Runs in order of offset, with neighbours that touch made one. Overlaps are kept apart.
+
+    Runs of more than `longest` bytes are not made, where it is given.
+    """
     result: list[Run] = []
     for offset, length, checksum in sorted(runs):
-        if result and result[-1][0] + result[-1][1] == offset:
+        touching = bool(result) and result[-1][0] + result[-1][1] == offset
+        if touching and (longest is None or result[-1][1] + length <= longest):
             first, before, left = result[-1]
             result[-1] = (first, before + length, int(crc32_combine(left, checksum, length)))
         else:

@@ -40,10 +40,10 @@ class NumpyArithmetic:
         Operations run in the source's element type and round once each; the cast comes last. Raises
         `ExportError` when a finite value does not fit the target's element type.
         """
-        values = _to_float32(np.ascontiguousarray(block), planned.source_dtype)
+        values = to_float32(np.ascontiguousarray(block), planned.source_dtype)
         for op in planned.values:
-            values = _to_float32(_from_float32(_OPERATIONS[op](values), planned.source_dtype), planned.source_dtype)
-        target = _from_float32(values, planned.dtype)
+            values = to_float32(from_float32(_OPERATIONS[op](values), planned.source_dtype), planned.source_dtype)
+        target = from_float32(values, planned.dtype)
         if planned.dtype is FLOAT16 or planned.dtype is BFLOAT16:
             _refuse_overflow(planned, values, target)
         return target
@@ -55,14 +55,14 @@ _OPERATIONS: dict[ValueOp, Callable[[Float32], Float32]] = {
 }
 
 
-def _to_float32(raw: npt.NDArray[Any], dtype: DType) -> Float32:
+def to_float32(raw: npt.NDArray[Any], dtype: DType) -> Float32:
     """Exact: every float16 and bfloat16 is a float32."""
     if dtype is BFLOAT16:
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.view(np.float16 if dtype is FLOAT16 else np.float32).astype(np.float32, copy=False)
 
 
-def _from_float32(values: Float32, dtype: DType) -> npt.NDArray[Any]:
+def from_float32(values: Float32, dtype: DType) -> npt.NDArray[Any]:
     """Round to nearest, ties to even; NaN becomes the quiet NaN."""
     if dtype is FLOAT32:
         return values.view(np.uint32)
@@ -75,6 +75,6 @@ def _from_float32(values: Float32, dtype: DType) -> npt.NDArray[Any]:
 
 
 def _refuse_overflow(planned: PlannedTensor, before: Float32, after: npt.NDArray[Any]) -> None:
-    lost = np.isfinite(before) & ~np.isfinite(_to_float32(after, planned.dtype))
+    lost = np.isfinite(before) & ~np.isfinite(to_float32(after, planned.dtype))
     if lost.any():
         raise overflow_error(planned, int(lost.sum()), float(np.abs(before[lost]).max()))

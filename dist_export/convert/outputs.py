@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -75,6 +76,18 @@ class OutputFile:
             except OSError as error:
                 raise write_error(self.path, error) from error
         self._start_write_back(offset, data.nbytes)
+
+    def read(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Up to `length` bytes from `offset`, in parts that lie in `buffer`; fewer where the file is shorter."""
+        while length > 0:
+            try:
+                count = os.preadv(self._descriptor, [buffer[: min(length, buffer.nbytes)]], offset)
+            except OSError as error:
+                raise ExportError(f"{self.path}: cannot read: {error.strerror}") from error
+            if count == 0:
+                return
+            yield buffer[:count]
+            offset, length = offset + count, length - count
 
     def finish(self) -> None:
         """Wait until everything is on disk and close. Errors of earlier write-backs appear here."""

@@ -52,6 +52,7 @@ def cut(item: WorkItem, rectangles: Sequence[SourceRectangle], tile_bytes: int) 
     for (first, end), (here, columns) in _bands(item, rectangles):
         reads = tuple(read for rectangle in here for read in _reads(rectangle, columns, item.dtype.itemsize))
         step = _rows_per_tile(reads, item.dtype.itemsize, tile_bytes)
+        step = max(step // item.row_step, 1) * item.row_step
         for row in range(first, end, step):
             rows = (row, min(row + step, end))
             uses = tuple(use for use in item.uses if use.source[0] < rows[1] and rows[0] < use.source[1])

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from dist_export.errors import ExportError
+from dist_export.families.deepseek_v2 import DEEPSEEK_V2
+from dist_export.families.deepseek_v3 import DEEPSEEK_V3
+from dist_export.families.gemma import GEMMA
+from dist_export.families.gemma2 import GEMMA2
+from dist_export.families.gpt import GPT
+from dist_export.families.llama import LLAMA
+from dist_export.families.mistral import MISTRAL
+from dist_export.families.mixtral import MIXTRAL
+from dist_export.families.nemotron import NEMOTRON
+from dist_export.families.qwen2 import QWEN2
+from dist_export.families.qwen2_moe import QWEN2_MOE
+from dist_export.families.qwen3 import QWEN3
+from dist_export.families.qwen3_moe import QWEN3_MOE
+from dist_export.families.starcoder import STARCODER
+from dist_export.families.starcoder2 import STARCODER2
 from dist_export.models.config import ModelConfig
-from dist_export.models.gpt import GPT
-from dist_export.models.llama import LLAMA
-from dist_export.models.mixtral import MIXTRAL
-from dist_export.models.nemotron import NEMOTRON
+from dist_export.models.features import unsupported
 from dist_export.models.rules import Family
 
-FAMILIES: tuple[Family, ...] = (NEMOTRON, MIXTRAL, LLAMA, GPT)
+FAMILIES: tuple[Family, ...] = (
+    *(DEEPSEEK_V3, DEEPSEEK_V2, NEMOTRON, GEMMA2, GEMMA),
+    *(QWEN3_MOE, QWEN2_MOE, MIXTRAL, QWEN3, QWEN2, MISTRAL, LLAMA),
+    *(STARCODER2, STARCODER, GPT),
+)
 
 
 def choose_family(config: ModelConfig, name: str | None = None) -> Family:
@@ -23,8 +39,8 @@ def choose_family(config: ModelConfig, name: str | None = None) -> Family:
     reasons = {}
     for family in FAMILIES:
         if name in (None, family.name):
-            reasons[family.name] = family.unmet(config)
-            if not reasons[family.name]:
+            reasons[family.name] = unsupported(config, family.features) + family.unmet(config)
+            if not reasons[family.name] and (name or family.implied(config)):
                 return family
     listed = "\n".join(f"  - not {family}: {'; '.join(why)}" for family, why in reasons.items())
     raise ExportError(f"the model belongs to no known family:\n{listed}")

@@ -144,7 +144,7 @@ class SourceCatalog:
         return {
             pattern: stored.shape[stored.num_stacked :]
             for pattern, entry in self._entries.items()
-            for stored in [next(iter(entry.stored.values()))]
+            for stored in [entry.stored[min(entry.stored)]]
         }
 
     def dtype(self, pattern: str) -> str:

@@ -101,6 +101,47 @@ class SplitHalves:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitInterleaved:
+    """Gated ``linear_fc1`` of experts trained with ``moe_mlp_glu_interleave_size`` <-> gate and up.
+
+    On each expert-tp rank blocks of that many rows alternate, gate first (megatron/core/transformer/moe/experts.py,
+    ``TEGroupedMLP._remove_glu_interleaving``). Saving knows nothing of it: the stored tensor is the first half of every
+    rank's rows, then the second half of every rank's (mlp.py, ``apply_swiglu_sharded_factory``).
+    """
+
+    def split(self, view: View, config: ModelConfig) -> tuple[View, ...]:
+        starts = self._block_starts(view.shape[0], config)
+        size = config.moe_glu_interleave_size
+        return tuple(view.gather(0, [(start, size) for start in starts[part::2]]) for part in (0, 1))
+
+    def join(self, parts: Sequence[View], config: ModelConfig) -> View:
+        size = config.moe_glu_interleave_size
+        starts = self._block_starts(2 * parts[0].shape[0], config)
+        blocks = {start: (parts[number % 2], number // 2 * size) for number, start in enumerate(starts)}
+        return concatenate([part.narrow(0, at, size) for _, (part, at) in sorted(blocks.items(), key=_first)], 0)
+
+    @staticmethod
+    def _block_starts(rows: int, config: ModelConfig) -> list[int]:
+        """First row of every block as stored, in the order of ranks and of the rows on a rank."""
+        size, ranks = config.moe_glu_interleave_size, config.moe_glu_interleave_num_shards
+        if rows % (2 * size * ranks):
+            raise ExportError(
+                f"gated fc1 of experts has {rows} rows, which {ranks} expert-tp ranks cannot share in pairs of blocks "
+                f"of {size} rows"
+            )
+        half = rows // 2 // ranks  # of one rank's rows
+        return [
+            row // half * (rows // 2) + rank * half + row % half
+            for rank in range(ranks)
+            for row in range(0, 2 * half, size)
+        ]
+
+
+def _first(item: tuple[int, object]) -> int:
+    return item[0]
+
+
+@dataclass(frozen=True, slots=True)
 class TrimVocabulary:
     """Padded vocabulary rows <-> the true vocabulary. The rows beyond it are Megatron's padding.
 
@@ -122,3 +163,4 @@ class TrimVocabulary:
 SAME = Same()
 SPLIT_QKV = SplitQKV()
 SPLIT_HALVES = SplitHalves()
+SPLIT_INTERLEAVED = SplitInterleaved()

@@ -23,6 +23,15 @@ class LogicalTensor:
     values: tuple[ValueOp, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a logical tensor comes from: the rule, which of its parts it is, and the stored tensor."""
+
+    rule: SourceRule
+    part: int
+    source: SourceTensor
+
+
 class LogicalModel:
     """Resolves logical names to views of the checkpoint. Pure: reads no file.
 
@@ -36,6 +45,7 @@ class LogicalModel:
     def __init__(self, catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> None:
         self.catalog = catalog
         self.config = config
+        self.rules = rules
         self._rules: dict[str, list[tuple[SourceRule, int]]] = defaultdict(list)
         for rule in rules:
             if rule.when(config):
@@ -46,22 +56,29 @@ class LogicalModel:
     def find(self, name: str, *, layer: int = -1, expert: int = -1) -> LogicalTensor | None:
         """The logical tensor, or None when no rule's source is in the checkpoint.
 
-        Raises `ExportError` when two rules both find a source (the checkpoint holds the same weight
-        under two names) and when a source does not have the shape its rule needs.
+        Raises `ExportError` as `locate`, and when a source does not have the shape its rule needs.
+        """
+        located = self.locate(name, layer=layer, expert=expert)
+        if located is None:
+            return None
+        rule, source = located.rule, located.source
+        view = self._split(rule, source, (rule.source, layer, expert))[located.part]
+        return LogicalTensor(view, source.dtype, rule.values(self.config))
+
+    def locate(self, name: str, *, layer: int = -1, expert: int = -1) -> Located | None:
+        """The stored tensor that holds a logical one, or None when no rule's source is in the checkpoint.
+
+        Raises `ExportError` when two rules both find a source: the checkpoint holds the same weight under two names.
         """
         found = [
-            (rule, part, source)
+            Located(rule, part, source)
             for rule, part in self._rules.get(name, ())
             if (source := self.catalog.find(rule.source, layer=layer, expert=expert)) is not None
         ]
         if len(found) > 1:
-            names = " and ".join(str(source.slab) for _, _, source in found)
+            names = " and ".join(str(each.source.slab) for each in found)
             raise ExportError(f"{names} both hold {name}; keep one of them")
-        if not found:
-            return None
-        rule, part, source = found[0]
-        view = self._split(rule, source, (rule.source, layer, expert))[part]
-        return LogicalTensor(view, source.dtype, rule.values(self.config))
+        return found[0] if found else None
 
     def sources_of(self, name: str) -> list[str]:
         """Folded source names that could hold a logical tensor: for messages."""
@@ -72,7 +89,7 @@ class LogicalModel:
             if len(self._parts) >= self.MOST_SPLITS:
                 del self._parts[next(iter(self._parts))]  # the oldest
             try:
-                self._parts[key] = rule.op.split(View.of(source.slab, source.shape), self.config)
+                self._parts[key] = rule.op.split(View.of(source.slab, source.shape), self.config.of_layer(key[1]))
             except ExportError as error:
                 raise ExportError(f"{source.slab}: {error}") from error
         return self._parts[key]

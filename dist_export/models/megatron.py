@@ -8,7 +8,7 @@ the fused TransformerEngine spec (megatron/core/models/gpt/gpt_layer_specs.py,
 from __future__ import annotations
 
 from dist_export.models.config import ModelConfig
-from dist_export.models.layout_ops import SPLIT_HALVES, SPLIT_QKV, TrimVocabulary
+from dist_export.models.layout_ops import SPLIT_HALVES, SPLIT_INTERLEAVED, SPLIT_QKV, TrimVocabulary
 from dist_export.models.rules import SourceRule
 from dist_export.models.value_ops import plus_one_if_zero_centered
 
@@ -52,6 +52,16 @@ def any_bias(config: ModelConfig) -> bool:
     return config.qkv_bias or config.linear_bias
 
 
+def expert_blocks(config: ModelConfig) -> bool:
+    """Rows of gate and up alternate in the experts' fc1."""
+    return config.moe_glu_interleave_size > 0
+
+
+def expert_halves(config: ModelConfig) -> bool:
+    """The experts' fc1 is gate, then up."""
+    return not expert_blocks(config)
+
+
 def norm_rules(sources: tuple[str, ...], logical: str) -> tuple[SourceRule, ...]:
     """Weight and bias of a norm that any one of `sources` may hold (without ``weight``/``bias``)."""
     return tuple(
@@ -78,6 +88,12 @@ NORMS = (
     *norm_rules((LAYER + "mlp.linear_fc1.layer_norm_", LAYER + "pre_mlp_layernorm."), "layers.{layer}.mlp.norm"),
     *norm_rules(("decoder.final_layernorm.", "decoder.final_norm."), "final_norm"),
 )
+
+QK_NORMS = (
+    *norm_rules((LAYER + "self_attention.q_layernorm.",), "layers.{layer}.attention.query_norm"),
+    *norm_rules((LAYER + "self_attention.k_layernorm.",), "layers.{layer}.attention.key_norm"),
+)
+"""Norms of every query and key head, with one weight for all heads."""
 
 _QKV = tuple(f"layers.{{layer}}.attention.{part}." for part in ("query", "key", "value"))
 
@@ -116,12 +132,27 @@ _EXPERT_GATE_UP = ("layers.{layer}.experts.{expert}.gate.weight", "layers.{layer
 
 GATED_EXPERTS = (
     ROUTER,
-    SourceRule(_EXPERT + "linear_fc1.weight", _EXPERT_GATE_UP, SPLIT_HALVES),
-    SourceRule(_EXPERT + "linear_fc1.weight_w", _EXPERT_GATE_UP[:1]),
-    SourceRule(_EXPERT + "linear_fc1.weight_v", _EXPERT_GATE_UP[1:]),
+    SourceRule(_EXPERT + "linear_fc1.weight", _EXPERT_GATE_UP, SPLIT_HALVES, when=expert_halves),
+    SourceRule(_EXPERT + "linear_fc1.weight_w", _EXPERT_GATE_UP[:1], when=expert_halves),
+    SourceRule(_EXPERT + "linear_fc1.weight_v", _EXPERT_GATE_UP[1:], when=expert_halves),
+    SourceRule(_EXPERT + "linear_fc1.weight", _EXPERT_GATE_UP, SPLIT_INTERLEAVED, when=expert_blocks),
     SourceRule(_EXPERT + "linear_fc2.weight", ("layers.{layer}.experts.{expert}.down.weight",)),
 )
 """A router and gated experts without biases, however they were grouped in training."""
+
+_SHARED = LAYER + "mlp.shared_experts."
+_SHARED_GATE_UP = ("layers.{layer}.shared_expert.gate.weight", "layers.{layer}.shared_expert.up.weight")
+
+SHARED_EXPERT = (
+    SourceRule(_SHARED + "linear_fc1.weight", _SHARED_GATE_UP, SPLIT_HALVES),
+    SourceRule(_SHARED + "linear_fc1.weight_w", _SHARED_GATE_UP[:1]),
+    SourceRule(_SHARED + "linear_fc1.weight_v", _SHARED_GATE_UP[1:]),
+    SourceRule(_SHARED + "linear_fc2.weight", ("layers.{layer}.shared_expert.down.weight",)),
+)
+"""A gated expert that every token goes to."""
+
+SHARED_EXPERT_GATE = SourceRule(_SHARED + "gate_weight", ("layers.{layer}.shared_expert_gate.weight",))
+"""[1, hidden]: the sigmoid of its product scales what the shared expert returns (transformer/moe/shared_experts.py)."""
 
 MOE_GPT = (*EMBEDDINGS, *NORMS, *ATTENTION, *GATED_EXPERTS)
 """A GPTModel whose layers all have experts."""

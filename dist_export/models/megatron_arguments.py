@@ -148,6 +148,9 @@ RULES: tuple[ArgumentRule, ...] = (
     ArgumentRule("moe_router_group_top_k", int, ("moe_router_group_topk",)),
     ArgumentRule("moe_router_scaling_factor", float, ("moe_router_topk_scaling_factor",)),
     ArgumentRule("attention_output_gate", bool, ("attention_output_gate",), default=False),
+    ArgumentRule("embedding_scaling", bool, ("apply_embedding_scaling",), default=False),  # Gemma in NeMo and Bridge
+    ArgumentRule("query_pre_attn_scalar", float, ("query_pre_attn_scalar",)),
+    ArgumentRule("num_mtp_layers", int, ("mtp_num_layers",), default=0),
 )
 
 #: Fields whose argument is None on purpose: no experts, no shared expert, no router groups, no scaling.
@@ -158,8 +161,13 @@ _NONE_IS_A_VALUE = frozenset(
         "moe_router_num_groups",
         "moe_router_group_top_k",
         "moe_router_scaling_factor",
+        "num_mtp_layers",
+        "query_pre_attn_scalar",
     }
 )
+
+
+_GLU_INTERLEAVE = ("moe_glu_interleave_size", "moe_glu_interleave_num_shards")
 
 
 def simple_claims(reader_for: ReaderFor) -> dict[str, Claim]:
@@ -263,7 +271,7 @@ def rope_scaling_notes(arguments: Arguments, scaling: object) -> list[str]:
     No release of `pretrain_gpt` passes `rope_scaling_factor` to the model (which then uses 8), and before
     0.18 none passes `rotary_seq_len_interpolation_factor` to a Megatron-Core model; converters and servers do.
     """
-    if not isinstance(scaling, RopeScaling) or arguments.has("rope_scaling"):
+    if not isinstance(scaling, RopeScaling) or scaling.kind == "yarn" or arguments.has("rope_scaling"):
         return []
     if scaling.kind == "linear" and not arguments.has("rotary_seq_len_interpolation_factor"):
         return []
@@ -311,6 +319,19 @@ def moe_layer_claim(arguments: Arguments, num_layers: int | None) -> Claim:
         every = arguments.integer("moe_layer_freq") or 1
         layers = tuple(int(layer % every == 0) for layer in range(num_layers or 0))
     return Claim(None if layers is None or all(layers) else layers, source)
+
+
+def glu_interleave_claims(arguments: Arguments) -> dict[str, Claim]:
+    """Whether gate and up rows of experts alternate (0.18): only where they are grouped (transformer/moe/experts.py,
+    `TEGroupedMLP`; `SequentialMLP` ignores the argument), and on each expert-tp rank among the rows it has."""
+    name, ranks = "moe_mlp_glu_interleave_size", "expert_tensor_parallel_size"
+    size, grouped = arguments.integer(name), arguments.switch("moe_grouped_gemm")
+    if size is None or (arguments.has("moe_grouped_gemm") and not grouped):
+        source = from_arguments(name, "moe_grouped_gemm") if size is not None else f"experts without {name}"
+        return dict(zip(_GLU_INTERLEAVE, (Claim(0, source), Claim(1, source)), strict=True))
+    shards = arguments.integer(ranks)
+    by = Claim(shards, from_arguments(ranks)) if shards else Claim(1, from_default(ranks), default=True)
+    return dict(zip(_GLU_INTERLEAVE, (Claim(size, from_arguments(name)), by), strict=True))
 
 
 def query_group_claim(arguments: Arguments, heads: int | None) -> Claim | None:

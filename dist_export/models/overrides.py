@@ -28,7 +28,7 @@ def parse_override(field: str, text: str) -> object:
     """The value of `ModelConfig` field `field` written as `text` on a command line.
 
     Booleans are true/false, optional fields take "none", lists are "1,0,1", and `rope_scaling` is
-    "linear:FACTOR" or "llama3:FACTOR[:LOW:HIGH:ORIGINAL_LENGTH]".
+    "linear:FACTOR", "llama3:FACTOR[:LOW:HIGH:ORIGINAL_LENGTH]" or "yarn:FACTOR:ORIGINAL_LENGTH[:MSCALE:ALL_DIM]".
 
     Raises:
         ExportError: no such field (with the nearest names), or text that is not of the field's type.
@@ -171,12 +171,16 @@ def _parse_integers(field: str, text: str) -> tuple[int, ...]:
 
 def _parse_rope_scaling(field: str, text: str) -> RopeScaling:
     kind, *numbers = text.split(":")
-    counts = {"linear": (1,), "llama3": (1, 4)}
+    counts = {"linear": (1,), "llama3": (1, 4), "yarn": (2, 4)}
     if kind not in counts or len(numbers) not in counts[kind]:
-        raise _wrong(field, text, "linear:FACTOR or llama3:FACTOR[:LOW:HIGH:ORIGINAL_LENGTH], or none")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        forms = "linear:FACTOR, llama3:FACTOR[:LOW:HIGH:ORIGINAL_LENGTH] or yarn:FACTOR:ORIGINAL_LENGTH[:MSCALE:ALL_DIM]"
+        raise _wrong(field, text, f"{forms}, or none")
+    length = "original_max_position_embeddings"
+    names: tuple[str, ...] = ("factor", "low_freq_factor", "high_freq_factor", length)
+    if kind == "yarn":
+        names = ("factor", length, "mscale", "mscale_all_dim")
     values: dict[str, typing.Any] = {
-        name: (_parse_int if name == names[-1] else _parse_float)(field, number)
+        name: (_parse_int if name == length else _parse_float)(field, number)
         for name, number in zip(names, numbers, strict=False)
     }
     return RopeScaling(kind=typing.cast(typing.Any, kind), **values)
@@ -216,8 +220,9 @@ def _coerce_rope_scaling(field: str, value: object) -> RopeScaling:
     known = {item.name for item in dataclasses.fields(RopeScaling)}
     if not isinstance(value, Mapping) or not {"kind", "factor"} <= set(value) <= known:
         raise _wrong(field, value, f"a mapping with kind, factor and perhaps more of {', '.join(sorted(known))}")
+    coercers = {"original_max_position_embeddings": _coerce_int, "truncate": _coerce_bool}
     values: dict[str, typing.Any] = {
-        key: (_coerce_int if key == "original_max_position_embeddings" else _coerce_float)(field, number)
+        key: coercers.get(key, _coerce_float)(field, number)
         for key, number in value.items()
         if key != "kind"
     }

@@ -44,7 +44,10 @@ _HYBRID = "layers of several kinds (Mamba hybrids) have no rule table"
 _HETEROGENEOUS = "layers that differ in shape have no rule table"
 _RETRO = "Retro models carry a retrieval encoder that no target has"
 _NO_TARGET = "no target computes it"
-_INTERLEAVED = "gate and up rows alternate in blocks instead of lying in halves"
+
+ENCODED_BLOCKS = "heterogeneous_layers_config_encoded_json"
+_OF_BLOCKS = ("heterogeneous_layers_config_path", "heterogeneous_block_specs")
+"""What an exporter need not look at where the blocks themselves are given."""
 
 #: Every refusal. Later rows do not depend on earlier ones; all that fire are reported together.
 REFUSALS: tuple[Refusal, ...] = (
@@ -53,7 +56,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _on,
         "the residual is taken after the norm, targets take it before",
     ),
-    Refusal("multi_latent_attention", _on, "multi-latent attention has no rule table"),
     Refusal("attention_output_gate", _on, "gated attention stores gates among the query rows; " + _NO_TARGET),
     Refusal("softmax_type", _is_not("vanilla"), "attention sinks change the softmax; " + _NO_TARGET),
     Refusal("softmax_scale", _given, "scores are scaled by a number of their own, not by 1/sqrt(head_size)"),
@@ -61,12 +63,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("experimental_attention_variant", _given, "this attention has no rule table"),
     Refusal("no_rope_freq", _on, "some layers skip rotary embeddings; " + _NO_TARGET),
     Refusal("qk_l2_norm", _on, "queries and keys are divided by their length; " + _NO_TARGET),
-    Refusal("window_attn_skip_freq", _on, "some layers attend to everything, others to a window"),
+    Refusal("interleaved_attn_pattern", _given, "layers with a window rotate by another base; " + _NO_TARGET),
+    Refusal("sliding_window_rope_base", _given, "layers with a window rotate by another base; " + _NO_TARGET),
     Refusal("position_embedding_type", _is("mrope", "yarn", "relative"), "these positions have no target"),
     Refusal("rope_type", _is("yarn"), "yarn rotary embeddings have no target"),
     Refusal("mrope_section", _given, "multimodal rotary embeddings have no target"),
     Refusal("heterogeneous_layers_config_path", _on, _HETEROGENEOUS),
-    Refusal("heterogeneous_layers_config_encoded_json", _on, _HETEROGENEOUS),
     Refusal("heterogeneous_block_specs", _on, _HETEROGENEOUS),
     Refusal("hybrid_layer_pattern", _on, _HYBRID),
     Refusal("hybrid_override_pattern", _on, _HYBRID),
@@ -76,8 +78,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("retro_add_retriever", _on, _RETRO),
     Refusal("glu_linear_offset", _on, "the activation adds an offset to the up half; " + _NO_TARGET),
     Refusal("activation_func_clamp_value", _given, "the activation clamps its input; " + _NO_TARGET),
-    Refusal("moe_mlp_glu_interleave_size", _given, _INTERLEAVED),
-    Refusal("moe_shared_expert_glu_interleave_size", _given, _INTERLEAVED),
+    Refusal(
+        "moe_shared_expert_glu_interleave_size",
+        _given,
+        "gate and up rows of shared experts alternate in blocks instead of lying in halves",
+    ),
     Refusal("moe_latent_size", _given, "experts work in a projected space; " + _NO_TARGET),
     Refusal("moe_apply_probs_on_input", _on, "router weights scale the experts' input; " + _NO_TARGET),
     Refusal("moe_router_load_balancing_type", _names("sinkhorn"), "sinkhorn routing; " + _NO_TARGET),
@@ -87,10 +92,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _given,
         "routing depends on how experts were spread over devices in training",
     ),
-    Refusal("apply_embedding_scaling", _on, "word embeddings are multiplied by sqrt(hidden_size); " + _NO_TARGET),
-    Refusal("query_pre_attn_scalar", _given, "scores are scaled by a number of their own; " + _NO_TARGET),
-    Refusal("attn_logit_softcapping", _on, "scores are capped; " + _NO_TARGET),
-    Refusal("final_logit_softcapping", _on, "logits are capped; " + _NO_TARGET),
     Refusal("transformer_block_type", _is("post_ln", "normformer"), "only pre_ln blocks have a rule table"),
     Refusal("headscale", _on, "every head is multiplied by a weight; " + _NO_TARGET),
     Refusal("use_mup", _on, "muP multiplies embeddings, attention and logits; " + _NO_TARGET),
@@ -100,9 +101,12 @@ REFUSALS: tuple[Refusal, ...] = (
 
 def refused_arguments(arguments: Mapping[str, object]) -> Iterator[str]:
     """One message for each row of `REFUSALS` that `arguments` (a saved Namespace as a mapping) triggers."""
+    blocks = bool(arguments.get(ENCODED_BLOCKS))
+    latent = bool(arguments.get("multi_latent_attention"))  # where rope_type is a field of the model
     for refusal in REFUSALS:
         value = arguments.get(refusal.argument)
-        if refusal.refuses(value):
+        expressed = (latent and refusal.argument == "rope_type") or (blocks and refusal.argument in _OF_BLOCKS)
+        if refusal.refuses(value) and not expressed:
             yield f"{refusal.argument} = {_shown(value)} cannot be exported: {refusal.reason}"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_export.errors import ExportError, Faults
-from dist_export.models import attention, megatron_arguments
+from dist_export.models import attention, latent_attention, megatron_arguments
 from dist_export.models.activation_arguments import (
     activation_claims,
     activation_notes,
@@ -22,6 +22,7 @@ from dist_export.models.activation_arguments import (
     moe_ffn_claim,
     qkv_bias_claim,
 )
+from dist_export.models.block_arguments import block_claims, window_notes
 from dist_export.models.config import ModelConfig
 from dist_export.models.megatron_arguments import Arguments
 from dist_export.models.overrides import (
@@ -76,12 +77,12 @@ def resolve_config(
     faults = Faults("model configuration")
     given = _override_claims(overrides or {})
     shapes = checked_shapes(shapes, faults)
-    proven = claims_from_shapes(shapes, num_layers_found, faults)
+    proven = claims_from_shapes(shapes, num_layers_found, faults) | latent_attention.shape_claims(shapes)
     reader = Arguments(arguments, faults) if arguments else None
     claims = _argument_claims(reader, given, proven) if reader else {}
     notes: list[str] = []
     chosen = _choose_all(given, claims, proven, faults, notes)
-    attention.complete(chosen, shapes, faults)
+    _complete_attention(chosen, shapes, faults)
     _settle(chosen, given, shapes, faults)
     _settle_vocabulary(chosen, reader, notes)
     if reader is not None:
@@ -89,6 +90,15 @@ def resolve_config(
     _add_missing(chosen, reader, shapes, faults, notes)
     faults.raise_if_any()
     return _build(chosen, notes)
+
+
+def _complete_attention(chosen: dict[str, Claim], shapes: Shapes, faults: Faults) -> None:
+    """Heads and their sizes, which shapes and one another decide."""
+    latent = chosen.get("kv_lora_rank")
+    if latent is not None and latent.value:
+        latent_attention.complete(chosen, shapes, faults)
+    else:
+        attention.complete(chosen, shapes, faults)
 
 
 def _override_claims(overrides: Mapping[str, tuple[object, str]]) -> dict[str, Claim]:
@@ -116,7 +126,7 @@ def _argument_claims(reader: Arguments, given: Mapping[str, Claim], proven: Mapp
     def reader_for(field: str) -> Arguments:
         return unheard if field in given else reader
 
-    claims = megatron_arguments.simple_claims(reader_for)
+    claims = megatron_arguments.simple_claims(reader_for) | latent_attention.argument_claims(reader_for)
     if "num_layers" not in claims and "num_layers" not in given:
         reader.faults.add("checkpoint args: num_layers is not set, as in hybrid models, which have no rule table")
 
@@ -135,7 +145,7 @@ def _argument_claims(reader: Arguments, given: Mapping[str, Claim], proven: Mapp
     num_layers = layers.value if layers and isinstance(layers.value, int) else 0
     computed = {
         "position_embedding": megatron_arguments.position_embedding_claim(reader_for("position_embedding")),
-        "rope_scaling": megatron_arguments.rope_scaling_claim(reader_for("rope_scaling")),
+        "rope_scaling": _rope_scaling_claim(reader_for("rope_scaling")),
         "qkv_bias": qkv_bias_claim(reader_for("qkv_bias"), bias),
         "ffn_hidden_size": ffn_claim(reader_for("ffn_hidden_size"), number("hidden_size")),
         "num_query_groups": megatron_arguments.query_group_claim(
@@ -145,8 +155,18 @@ def _argument_claims(reader: Arguments, given: Mapping[str, Claim], proven: Mapp
         "window_size": megatron_arguments.window_claim(reader_for("window_size")),
     }
     claims |= {field: claim for field, claim in computed.items() if claim is not None}
+    claims |= block_claims(reader_for, given.get("window_size") or claims["window_size"], num_layers)
+    claims |= megatron_arguments.glu_interleave_claims(reader_for("moe_glu_interleave_size"))
+    if latent_attention.is_latent(reader):  # these two mean nothing there
+        claims = {field: claim for field, claim in claims.items() if field not in ("head_size", "num_query_groups")}
     moe_ffn = moe_ffn_claim(reader_for("moe_ffn_hidden_size"), known("ffn_hidden_size"))
     return claims if moe_ffn is None else claims | {"moe_ffn_hidden_size": moe_ffn}
+
+
+def _rope_scaling_claim(arguments: Arguments) -> Claim:
+    if latent_attention.is_latent(arguments):
+        return latent_attention.rope_scaling_claim(arguments)
+    return megatron_arguments.rope_scaling_claim(arguments)
 
 
 def _choose_all(
@@ -240,6 +260,8 @@ def _argument_notes(reader: Arguments, given: Mapping[str, Claim], chosen: Mappi
         notes += megatron_arguments.rope_scaling_notes(reader, chosen["rope_scaling"].value)
     if "activation" not in given and "activation" in chosen:
         notes += activation_notes(reader, chosen["activation"].value)
+    if "window_layers" not in given and "window_layers" in chosen:
+        notes += window_notes(reader, chosen["window_layers"].value)
     return notes
 
 

@@ -19,6 +19,7 @@ from enum import Enum
 from typing import Protocol
 
 from dist_export.models.config import ModelConfig
+from dist_export.models.features import Feature
 from dist_export.models.layout_ops import SAME, LayoutOp
 from dist_export.models.shard_ops import REPLICATE, ShardOp
 from dist_export.models.value_ops import ValueOps, no_value_ops
@@ -26,8 +27,22 @@ from dist_export.models.value_ops import ValueOps, no_value_ops
 Condition = Callable[[ModelConfig], bool]
 
 
+LayerCondition = Callable[[ModelConfig, int], bool]
+"""Of a layer, by its global number."""
+
+
 def always(config: ModelConfig) -> bool:
     """The rule holds for every model of the family."""
+    return True
+
+
+def never(config: ModelConfig) -> bool:
+    """No model of the family has it."""
+    return False
+
+
+def every_layer(config: ModelConfig, layer: int) -> bool:
+    """All layers have the tensor."""
     return True
 
 
@@ -51,6 +66,8 @@ class Scope(Enum):
     FIRST = "first stage"
     LAYER = "once per layer"
     LAST = "last stage"
+    MTP = "last stage, once per layer that predicts further tokens"
+    """``{layer}`` counts on from the last decoder layer in target names, and from 0 in logical names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +99,8 @@ class TargetRule:
     transposed: bool = False
     """Stored ``[in, out]``, after joining: the Conv1D of transformers' GPT-2."""
     when: Condition = always
+    layers: LayerCondition = every_layer
+    """Which layers have it, of those that `scope` names; for layers that are not all alike."""
 
     @property
     def over_experts(self) -> bool:
@@ -110,3 +129,7 @@ class Family:
     architectures: Mapping[str, tuple[Architecture, ...]]
     """Target name -> what serves the family there: the target's own description of a model class. Several where a
     class changed between releases; a target that is missing cannot serve the family."""
+    features: frozenset[Feature] = frozenset()
+    """The uncommon things that its rules express."""
+    implied: Condition = always
+    """Which of the models that meet its conditions are of it without its being named; others it must be named for."""

@@ -21,6 +21,7 @@ OUTPUT_LAYER = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm"
 QKV = LAYER + "self_attention.linear_qkv"
 ATTENTION_OUT = LAYER + "self_attention.linear_proj"
+POST_NORM = ATTENTION_OUT + ".post_layernorm.weight"
 Q_NORM = LAYER + "self_attention.q_layernorm.weight"
 DENSE_MLP = LAYER + "mlp."
 EXPERT = LAYER + "mlp.experts.experts.{expert}."
@@ -39,6 +40,10 @@ _RANKS = {
     Q_NORM: 1,
     ROUTER + "weight": 2,
     **{
+        f"{LAYER}self_attention.linear_{part}.weight": 2
+        for part in ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
+    },
+    **{
         prefix + linear: 2
         for prefix in (DENSE_MLP, EXPERT, SHARED_EXPERT)
         for linear in ("linear_fc1.weight", "linear_fc2.weight")
@@ -49,6 +54,7 @@ _RANKS = {
 _HIDDEN_DIMS = (
     (QKV + ".weight", 1),
     (ATTENTION_OUT + ".weight", 0),
+    (LAYER + "self_attention.linear_kv_down_proj.weight", 1),
     (DENSE_MLP + "linear_fc2.weight", 0),
     (EXPERT + "linear_fc2.weight", 0),
     (ROUTER + "weight", 1),
@@ -124,6 +130,7 @@ def _norm_claims(shapes: Shapes) -> dict[str, Claim]:
     return _present(
         {
             "normalization": kind,
+            "post_norms": _presence_claim(shapes, POST_NORM, beside=ATTENTION_OUT + ".weight"),
             "qk_norm": _presence_claim(shapes, Q_NORM, beside=QKV + ".weight"),
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from dist_export.plan.recipes import Stored
 from dist_export.plan.shard import ShardPlan
 from dist_export.plan.work import slab_shape
 from dist_export.tensors.boxes import Box, Shape, first_overlap, uncovered_elements
@@ -46,6 +47,8 @@ class Coverage:
     def add(self, shard: ShardPlan) -> None:
         """Note everything that a shard plan takes."""
         for tensor in shard.tensors:
+            if isinstance(tensor.recipe, Stored):
+                continue  # of a quantiser, not of the model
             for piece in tensor.view.pieces:
                 slab = piece.slab
                 if slab is None or slab in self._covered:

@@ -13,7 +13,9 @@ from typing import Protocol
 from dist_export.errors import Faults
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import unexpected_sources
+from dist_export.models.low_rank import describe
 from dist_export.models.provenance import ResolvedConfig
+from dist_export.models.quantization import Quantization
 from dist_export.models.rules import Family
 from dist_export.plan.coverage import Coverage
 from dist_export.plan.shard import ShardPlan, ShardPlanner
@@ -58,6 +60,7 @@ class ExportPlan:
     architecture: str
     resolved: ResolvedConfig
     planner: ShardPlanner
+    quantization: Quantization | None = None
     files: FileMaker
     config: Mapping[str, object]
     """The contents of config.json."""
@@ -122,6 +125,8 @@ class ExportPlan:
     def digest(self) -> str:
         """SHA-256 over configuration and all shard plans, hexadecimal."""
         state = hashlib.sha256(json.dumps([self.target, self.config], sort_keys=True).encode())
+        for line in describe(self.catalog.updates):
+            state.update(line.encode())
         for summary in self.summaries():
             state.update(summary.digest.encode())
         return state.hexdigest()

@@ -75,7 +75,8 @@ def _slab_work(process: int, placement: Placement, slab: SlabUses) -> Iterator[W
     for processes, uses in _groups(placement, slab):
         if process not in processes:
             continue
-        rows = _share(slab.item(uses).rows, processes.index(process), len(processes))
+        item = slab.item(uses)
+        rows = _share(item.rows, processes.index(process), len(processes), step=item.row_step)
         if rows[0] < rows[1]:
             touching = [use for use in uses if use.source[0] < rows[1] and rows[0] < use.source[1]]
             if touching:
@@ -120,9 +121,11 @@ def _worth_sharing(slab: SlabUses, uses: Sequence[Use]) -> bool:
     return False
 
 
-def _share(rows: tuple[int, int], part: int, parts: int) -> tuple[int, int]:
-    first, count = rows[0], rows[1] - rows[0]
-    return first + count * part // parts, first + count * (part + 1) // parts
+def _share(rows: tuple[int, int], part: int, parts: int, *, step: int) -> tuple[int, int]:
+    first, count = rows[0], -(-(rows[1] - rows[0]) // step)
+    edges = (first + count * number // parts * step for number in (part, part + 1))
+    low, high = (min(edge, rows[1]) for edge in edges)
+    return low, high
 
 
 def _contiguous(num_processes: int, costs: Sequence[int]) -> list[int]:

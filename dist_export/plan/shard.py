@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.logical import LogicalModel, LogicalTensor
 from dist_export.models.rules import Input, Scope, TargetRule
+from dist_export.models.shard_ops import TensorParallel
 from dist_export.models.value_ops import ValueOp, composed
 from dist_export.plan.layout import TargetLayout
+from dist_export.plan.recipes import FOLLOWS_WEIGHT, Encoded, Recipe
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.safetensors_format import DATA_ALIGNMENT, build_header
@@ -32,11 +35,25 @@ class PlannedTensor:
     transposed: bool = False
     """Stored with its two dims exchanged; `view` describes it before that."""
     offset: int = 0  # bytes from the start of the data section
+    recipe: Recipe | None = None
+    """What is made of the view where that is more than moving and casting elements."""
 
     @property
     def shape(self) -> Shape:
         """As stored."""
+        if self.recipe is not None:
+            return self.recipe.stored_shape(self.view.shape)
         return self.view.shape[::-1] if self.transposed else self.view.shape
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the tensor is made apart from the stream of weights: scales, and norms that take over a factor."""
+        return self.recipe is not None and not isinstance(self.recipe, FOLLOWS_WEIGHT)
+
+    @property
+    def packing(self) -> tuple[int, int]:
+        """Rows and columns of the view that become one stored row and column."""
+        return (self.recipe.codes.rows, self.recipe.codes.columns) if isinstance(self.recipe, Encoded) else (1, 1)
 
     @property
     def num_bytes(self) -> int:
@@ -46,14 +63,15 @@ class PlannedTensor:
     @property
     def moves_only(self) -> bool:
         """Whether bytes are only moved: no arithmetic, no cast. A transposition moves bytes too."""
-        return not self.values and self.dtype == self.source_dtype
+        return not self.values and self.dtype == self.source_dtype and self.recipe is None
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The value operations in order, for people and digests."""
         cast = () if self.dtype == self.source_dtype else (f"cast {self.source_dtype} to {self.dtype}",)
         transposition = ("transpose",) if self.transposed else ()
-        return tuple(op.value for op in self.values) + cast + transposition
+        recipe = () if self.recipe is None else (repr(self.recipe),)
+        return tuple(op.value for op in self.values) + cast + transposition + recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +128,39 @@ class _Instance:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A logical tensor within a target tensor, and how it was cut."""
+
+    input: Input
+    tensor: LogicalTensor
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A target tensor before anything is joined: the parts of every slice along its leading dim."""
+
+    rule: TargetRule
+    name: str
+    layer: int
+    slices: tuple[tuple[Part, ...], ...]
+    """One per expert where the tensor is stacked over experts, else a single one."""
+    tp: TensorParallel
+
+    def joined(self, views: Iterable[Sequence[View]]) -> View:
+        """What the slices' views become together."""
+        joined = [concatenate(list(parts), 0) for parts in views]
+        return stack(joined) if self.rule.over_experts else joined[0]
+
+
+class TensorQuantizer(Protocol):
+    """Makes of a planned weight what is written for it when it is quantised."""
+
+    def tensors(self, planned: PlannedTensor, resolved: Resolved) -> list[PlannedTensor]:
+        """The weight's codes and its scales, or the tensor as it is. Raises `ExportError`."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlanner:
     """Makes the plan of any rank of a layout from a target's table and a model's logical tensors."""
 
@@ -118,6 +169,7 @@ class ShardPlanner:
     layout: TargetLayout
     dtype: DType
     """Element type of tensors whose rule fixes none."""
+    quantizer: TensorQuantizer | None = None
 
     def plan(self, rank: int, *, file_name: str, faults: Faults) -> ShardPlan:
         """Target `rank` as one file. Problems are added to `faults`; the tensors they touch are left out."""
@@ -128,7 +180,7 @@ class ShardPlanner:
         tensors = []
         for instance in self._instances(rank):
             try:
-                tensors.append(self._tensor(instance, rank))
+                tensors += self._tensors(self._resolve(instance, rank))
             except ExportError as error:
                 faults.add(f"rank {rank}: {instance.name}: {error}")
         counts = Counter(tensor.name for tensor in tensors)
@@ -143,34 +195,51 @@ class ShardPlanner:
             yield from (_Instance(rule, rule.target) for rule in rules if rule.scope is Scope.FIRST)
         for local, layer in enumerate(self.layout.layers(rank)):
             for rule in rules:
-                if rule.scope is Scope.LAYER:
-                    name = rule.target.replace("{layer}", str(local))
-                    experts = range(config.num_experts) if "{expert}" in name else (-1,)
-                    yield from (_Instance(rule, name.replace("{expert}", str(e)), layer, e) for e in experts)
+                if rule.scope is Scope.LAYER and rule.layers(config, layer):
+                    yield from self._of_layer(rule, local, layer)
         if stage == self.layout.pp_size - 1:
             yield from (_Instance(rule, rule.target) for rule in rules if rule.scope is Scope.LAST)
+            for layer in range(config.num_mtp_layers):
+                for rule in rules:
+                    if rule.scope is Scope.MTP:
+                        yield from self._of_layer(rule, config.num_layers + layer, layer)
 
-    def _tensor(self, instance: _Instance, rank: int) -> PlannedTensor:
-        rule, layer, name = instance.rule, instance.layer, instance.name
-        config, tp = self.logical.config, self.layout.tensor_parallel(rank)
+    def _of_layer(self, rule: TargetRule, number: int, layer: int) -> Iterator[_Instance]:
+        """The tensors of a rule in a layer that the target calls `number`."""
+        name = rule.target.replace("{layer}", str(number))
+        experts = range(self.logical.config.num_experts) if "{expert}" in name else (-1,)
+        return (_Instance(rule, name.replace("{expert}", str(e)), layer, e) for e in experts)
+
+    def _resolve(self, instance: _Instance, rank: int) -> Resolved:
+        rule, layer = instance.rule, instance.layer
+        tp = self.layout.tensor_parallel(rank)
         experts = range(instance.expert, instance.expert + 1)
         if rule.over_experts:
-            experts = self.layout.experts(rank, config.num_experts)
+            experts = self.layout.experts(rank, self.logical.config.num_experts)
             tp = self.layout.expert_tensor_parallel(rank)
-        found = [[self._input(part, layer, expert) for part in rule.inputs] for expert in experts]
-        real = [tensor for parts in found for tensor in parts if tensor.dtype]
+        slices = tuple(
+            tuple(Part(part, self._input(part, layer, expert), expert) for part in rule.inputs) for expert in experts
+        )
+        return Resolved(rule, instance.name, layer, slices, tp)
+
+    def _tensors(self, resolved: Resolved) -> list[PlannedTensor]:
+        planned = self._tensor(resolved)
+        return [planned] if self.quantizer is None else self.quantizer.tensors(planned, resolved)
+
+    def _tensor(self, resolved: Resolved) -> PlannedTensor:
+        rule, name, config = resolved.rule, resolved.name, self.logical.config.of_layer(resolved.layer)
+        real = [part.tensor for parts in resolved.slices for part in parts if part.tensor.dtype]
         dtypes = {tensor.dtype for tensor in real}
         values = {tensor.values for tensor in real}
         if len(dtypes) > 1 or len(values) > 1:
             raise ExportError(f"its parts differ in the checkpoint: element types {sorted(dtypes)}; save them alike")
         dtype = dtype_by_name(rule.dtype) if rule.dtype else self.dtype
         source_dtype = dtype_by_name(dtypes.pop(), where=name) if dtypes else dtype
-        joined = [
-            concatenate([i.shard.take(t.view, tp, config) for i, t in zip(rule.inputs, parts, strict=True)], 0)
-            for parts in found
-        ]
+        view = resolved.joined(
+            [part.input.shard.take(part.tensor.view, resolved.tp, config) for part in parts]
+            for parts in resolved.slices
+        )
         ops = (*(values.pop() if values else ()), *rule.values(config))
-        view = stack(joined) if rule.over_experts else joined[0]
         return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed)
 
     def _input(self, part: Input, layer: int, expert: int) -> LogicalTensor:

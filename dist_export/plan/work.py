@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from dist_export.models.low_rank import LowRankUpdate, Updates
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.tensors.boxes import Box, Shape
 from dist_export.tensors.dtypes import DType
@@ -68,10 +69,15 @@ class Use:
         top, bottom, left, right = self.source
         return (bottom - top) * (right - left) * self.output.planned.source_dtype.itemsize
 
+    def num_bytes_written(self, rows: tuple[int, int]) -> int:
+        """Target bytes made of those source rows."""
+        down, across = self.output.planned.packing
+        return _area(_clipped(self.source, rows)) // (down * across) * self.output.planned.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Zeros in an output tensor: `num_elements` from element `first` on."""
+    """`num_elements` of an output tensor from element `first` on that no tile makes: zeros, or a small tensor."""
 
     output: OutputTensor
     first: int
@@ -91,11 +97,14 @@ class WorkItem:
     dtype: DType
     rows: tuple[int, int]
     uses: tuple[Use, ...]
+    update: LowRankUpdate | None = None
+    """What adapters add to the slab before anything else is done."""
 
     @property
     def num_bytes_needed(self) -> int:
-        """Source bytes that some use needs, each counted once."""
-        return _union_area([self.needed(use) for use in self.uses]) * self.dtype.itemsize
+        """Source bytes that some use needs, each counted once, and those of the adapters."""
+        adapters = self.update.num_bytes(self.rows) if self.update else 0
+        return _union_area([self.needed(use) for use in self.uses]) * self.dtype.itemsize + adapters
 
     def needed(self, use: Use) -> Rectangle:
         """The part of a use that lies in these rows."""
@@ -103,9 +112,12 @@ class WorkItem:
 
     @property
     def num_bytes_written(self) -> int:
-        return sum(
-            _area(_clipped(use.source, self.rows)) * use.output.planned.dtype.itemsize for use in self.uses
-        )
+        return sum(use.num_bytes_written(self.rows) for use in self.uses)
+
+    @property
+    def row_step(self) -> int:
+        """Rows that may not be torn apart, since some use stores them in one byte."""
+        return max(use.output.planned.packing[0] for use in self.uses)
 
 
 def flat_shape(shape: Shape) -> tuple[int, int]:
@@ -132,6 +144,7 @@ class SlabUses:
     shape: Shape
     dtype: DType
     uses: tuple[Use, ...]
+    update: LowRankUpdate | None = None
 
     def item(self, uses: Iterable[Use], rows: tuple[int, int] | None = None) -> WorkItem:
         """Some of the uses as work: over the rows they need, or the part of them within `rows`."""
@@ -140,13 +153,16 @@ class SlabUses:
         end = max(use.source[1] for use in kept)
         if rows is not None:
             first, end = max(first, rows[0]), min(end, rows[1])
-        return WorkItem(self.slab, self.shape, self.dtype, (first, end), kept)
+        return WorkItem(self.slab, self.shape, self.dtype, (first, end), kept, self.update)
 
 
 def collect_uses(
-    plans: Mapping[int, ShardPlan], shape_of: Mapping[str, tuple[Shape, str]]
+    plans: Mapping[int, ShardPlan], shape_of: Mapping[str, tuple[Shape, str]], *, updates: Updates | None = None
 ) -> tuple[list[SlabUses], list[Fill]]:
-    """Every source slab of `plans` (output file number -> plan) with its uses, and the zeros to write."""
+    """Every source slab of `plans` (output file number -> plan) with its uses, and the zeros to write.
+
+    `updates` are what adapters add to slabs.
+    """
     uses: dict[Slab, list[Use]] = defaultdict(list)
     fills: list[Fill] = []
     dtypes: dict[Slab, DType] = {}
@@ -154,6 +170,9 @@ def collect_uses(
         data_start = len(plan.header)
         for index, planned in enumerate(plan.tensors):
             output = OutputTensor(file, index, planned, data_start)
+            if planned.is_small:
+                fills.append(Fill(output, 0, math.prod(planned.shape)))
+                continue
             for piece in planned.view.pieces:
                 if piece.slab is None:
                     fills += _fills(output, piece)
@@ -161,7 +180,10 @@ def collect_uses(
                     shape = slab_shape(piece.slab, shape_of)
                     uses[piece.slab].append(_use(output, piece, shape))
                     dtypes[piece.slab] = planned.source_dtype
-    slabs = [SlabUses(slab, slab_shape(slab, shape_of), dtypes[slab], tuple(u)) for slab, u in uses.items()]
+    added = updates or {}
+    slabs = [
+        SlabUses(slab, slab_shape(slab, shape_of), dtypes[slab], tuple(u), added.get(slab)) for slab, u in uses.items()
+    ]
     return slabs, fills
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from dist_export.runtime.failure import Failure, PeerFailedError, StoreLostError
 from dist_export.runtime.monitor import Monitor, Timing
 from dist_export.runtime.progress import Progress, ProgressCounts, ProgressLine
 from dist_export.runtime.store import MAX_VALUE, MemoryStore, Store
 from dist_export.runtime.world import SINGLE, World
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
@@ -127,6 +133,33 @@ class Group:
         consume(0, value)
         for rank in range(1, self.world_size):
             consume(rank, self._take(f"{key}/{rank}", step=step, source=rank, delete=True))
+
+    def all_reduce_max(self, array: npt.NDArray[np.float32], *, step: str = "maxima") -> npt.NDArray[np.float32]:
+        """The element-wise maximum over all ranks' arrays; all ranks call it and get the same new array.
+
+        `array` has the same shape on every rank, in float32, a few MB at most: it goes through the store and through
+        rank 0. NaN in any rank's array gives NaN. The bits do not depend on the number of ranks: -0.0 becomes 0.0, and
+        every NaN the same one. Raises PeerFailedError.
+        """
+        import numpy as np
+
+        assert array.dtype == np.float32, array.dtype
+        maxima = np.array(array, order="C")
+
+        def take(rank: int, packed: bytes) -> None:
+            if rank == 0:
+                return
+            data = zlib.decompress(packed)
+            assert len(data) == maxima.nbytes, f"step {step!r}: rank {rank} has {len(data)} bytes, not {maxima.nbytes}"
+            np.maximum(maxima, np.frombuffer(data, np.float32).reshape(maxima.shape), out=maxima)
+
+        # Packed, since of what many ranks have together each knows a part, and the rest is zeros.
+        self.gather_each(step, b"" if self.rank == 0 else zlib.compress(maxima.tobytes(), 1), take)
+        maxima += 0.0  # turns -0.0 into 0.0
+        maxima[np.isnan(maxima)] = np.nan
+        told = self.broadcast(step, maxima.tobytes() if self.rank == 0 else None)
+        result: npt.NDArray[np.float32] = np.frombuffer(told, np.float32).reshape(array.shape).copy()
+        return result
 
     def barrier(self, step: str) -> None:
         """Return when every rank has called it. Raises PeerFailedError."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ from dist_export.runtime import exit_codes
 from dist_export.runtime.failure import Failure, StoreLostError
 from dist_export.runtime.progress import Progress, ProgressCounts
 from dist_export.runtime.store import Store
-from dist_export.runtime.world import World
+from dist_export.runtime.world import World, process_name
 
 ABORT_KEY = "abort"
 STOPPED_RESPONDING = "stopped responding (killed?)"
+LAUNCHER_GONE = "has lost the launcher's process that started it (killed?)"
 
 #: Seconds between two looks at the abort key by `Monitor.current_failure`, however often it is called.
 _ABORT_LOOK_S = 0.2
@@ -47,6 +49,7 @@ class Timing:
 
 @dataclass
 class _Peer:
+    process: str = ""
     beat: bytes | None = None
     silent_s: float = 0.0
     left: bool = False
@@ -82,6 +85,7 @@ class Monitor:
         watched = range(1, world.world_size) if world.rank == 0 else range(1)
         self._peers = {rank: _Peer() for rank in watched}
         self._lock = threading.Lock()
+        self._parent, self._process = os.getppid(), process_name(os.getpid())
         self._beats = 0
         self._job_bytes = (0, 0)
         self._failed_at = self._looked_at = self._observed_at = time.monotonic()
@@ -103,6 +107,7 @@ class Monitor:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(self._timing.leave_within_s)
+        self._end_silent_neighbour()
         with contextlib.suppress(StoreLostError):
             self._send_beat(left=True)
             if self._store.host_rank == self._world.rank:
@@ -180,11 +185,14 @@ class Monitor:
         return silent
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._timing.heartbeat_s):
+        pause = self._timing.heartbeat_s / 5  # soon, so that every rank knows the watched ones' processes
+        while not self._stopping.wait(pause):
+            pause = self._timing.heartbeat_s
             try:
                 self._send_beat()
                 if self.failure is None and self.look_for_abort() is None:
                     self._observe()
+                    self._look_for_launcher()
             except StoreLostError as lost:
                 self.learn_store_lost(lost)
             except Exception as error:  # an unwatched rank could hang: a bug here must end it like any other
@@ -196,6 +204,7 @@ class Monitor:
         counts = self._progress.counts()
         record = {
             "beat": self._beats,
+            "process": self._process,
             "left": left,
             "counts": [counts.bytes_read, counts.bytes_written, counts.total],
             "job": self._job_bytes,
@@ -228,8 +237,13 @@ class Monitor:
             return (0, 0)
         record = json.loads(beat)
         peer.beat, peer.silent_s, peer.left = beat, 0.0, record["left"]
-        peer.counts = ProgressCounts(*record["counts"])
+        peer.counts, peer.process = ProgressCounts(*record["counts"]), record["process"]
         return (record["job"][0], record["job"][1])
+
+    def _look_for_launcher(self) -> None:
+        """Fail where the launcher has died that started this process: nobody else would end it."""
+        if self._world.launcher not in ("single", "local") and os.getppid() != self._parent:
+            self.post(Failure(self._world.rank, "lost", LAUNCHER_GONE, self._world.rank))
 
     def _learn(self, failure: Failure) -> Failure:
         with self._lock:
@@ -247,7 +261,29 @@ class Monitor:
             return
         if time.monotonic() - self._failed_at > self._timing.leave_within_s:
             self.report_once()
+            self._end_silent_neighbour()
             os._exit(exit_codes.PEER_FAILED)
+
+    def _end_silent_neighbour(self) -> None:
+        """Kill the rank that stopped responding where it is a process of this machine: it would outlive the run.
+
+        A stopped process does not react to the SIGTERM of its launcher, and some launchers wait for it for ever.
+        """
+        failure = self.failure
+        if failure is None or failure.rank in (-1, self._world.rank):
+            return
+        if failure.kind != "lost" or not failure.message.startswith(STOPPED_RESPONDING):
+            return  # it can tell its failure and leave by itself
+        peer = self._peers.get(failure.rank)
+        process = peer.process if peer is not None else ""
+        if not process:
+            with contextlib.suppress(StoreLostError):
+                beat = self._store.get(beat_key(failure.rank))
+                process = "" if beat is None or has_left(beat) else json.loads(beat)["process"]
+        pid = int(process.rpartition("/")[2] or 0)
+        if pid and process != self._process and process_name(pid) == process:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
 
     def _linger(self) -> None:
         """Keep the store for the others until they have read why the run ends, and left."""

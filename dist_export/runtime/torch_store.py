@@ -21,7 +21,7 @@ from dist_export.runtime.world import World
 T = TypeVar("T")
 
 #: Seconds without an answer after which the store counts as lost. TCPStore itself waits for ever on a silent host.
-_ANSWER_WITHIN_S = 30.0
+_ANSWER_WITHIN_S = 10.0
 
 #: Ports we derive lie below every system's ephemeral range and above the registered services' crowd.
 _FIRST_PORT, _NUM_PORTS = 12000, 20000
@@ -38,6 +38,7 @@ class TorchStore:
         self.host_rank = host_rank
         self._store = store
         self._caller = _Caller("torch store")
+        self._lost: StoreLostError | None = None
 
     def set(self, key: str, value: bytes) -> None:
         """Store `value` under `key`."""
@@ -65,10 +66,15 @@ class TorchStore:
         self._caller.close()
 
     def _call(self, operation: Callable[[], T]) -> T:
+        if self._lost is not None:  # the thread still waits for the last answer
+            raise self._lost
         try:
             return self._caller.call(operation, _ANSWER_WITHIN_S)
         except (RuntimeError, TimeoutError) as error:  # torch's DistNetworkError and DistStoreError are RuntimeErrors
-            raise StoreLostError(self.host_rank, _first_line(error)) from error
+            lost = StoreLostError(self.host_rank, _first_line(error))
+            if isinstance(error, TimeoutError):
+                self._lost = lost
+            raise lost from error
 
 
 def connect_torch_store(world: World, environ: Mapping[str, str], *, timeout_s: float) -> TorchStore:

@@ -6,9 +6,12 @@ Nothing here communicates. Sources of the variables: torch/distributed/elastic (
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_export.errors import ExportError, Faults
 
@@ -38,6 +41,26 @@ class World:
 
 
 SINGLE = World(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, launcher="single")
+
+
+def node_name() -> str:
+    """What tells this machine from others of the run: its host name and, where names repeat, its boot's number."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}/{boot}"
+
+
+def process_name(pid: int) -> str:
+    """What tells a living process from all others of the run: machine, process namespace, start time and, last, its
+    number; ``""`` where the system does not tell or the process has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{node_name()}/{namespace}/{fields[19]}/{pid}"
 
 
 def detect_world(environ: Mapping[str, str]) -> World:

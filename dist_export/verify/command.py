@@ -8,6 +8,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from dist_export.checkpoint.archive import is_tar, open_tar
+from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
@@ -21,6 +23,9 @@ def verify_command(options: argparse.Namespace) -> int:
     chosen = VerifyOptions(
         levels=tuple(options.levels or LEVELS), sha256=options.sha256, num_threads=options.num_threads
     )
+    for path in filter(None, (options.checkpoint, options.base)):
+        if is_tar(path):
+            open_tar(path)  # a compressed archive is decompressed here, once for all processes
     codes = [_verify(options, folder.absolute(), chosen) for folder in find_exports(options.output)]
     if options.logits and not any(codes):
         codes += [_verify_logits(options, folder.absolute()) for folder in find_exports(options.output)]
@@ -30,7 +35,7 @@ def verify_command(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace, folder: Path, chosen: VerifyOptions) -> int:
     def rank_main(group: Group) -> int:
         group.show_progress("verifying")
-        report = verify_export(options.checkpoint, folder, options=chosen, group=group)
+        report = verify_export(options.checkpoint, folder, options=chosen, group=group, base=options.base)
         if group.rank == 0:
             print(report.to_json() if options.json else report, flush=True)
         return exit_codes.OK if report.ok else exit_codes.NOT_VERIFIED
@@ -41,7 +46,9 @@ def _verify(options: argparse.Namespace, folder: Path, chosen: VerifyOptions) ->
 def _verify_logits(options: argparse.Namespace, folder: Path) -> int:
     from dist_export.verify.logits import read_tokens, verify_logits
 
-    source = source_from_manifest(options.checkpoint, read_manifest(folder))
+    source = source_from_manifest(options.checkpoint, read_manifest(folder), base=options.base)
+    if source.base is not None or source.master_weights:
+        raise ExportError("--logits: not for merged adapters (--base) and optimizer weights (--master-weights)")
     report = verify_logits(
         options.checkpoint,
         folder,

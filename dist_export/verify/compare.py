@@ -17,9 +17,12 @@ import numpy as np
 from dist_export.convert.execute import Converter
 from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.sources import SourceFiles, SourceRectangle
+from dist_export.models.catalog import SourceTensor
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import SlabUses, Use, flat_shape
+from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.tensors.views import Slab
+from dist_export.verify.merging import merge_rows
 from dist_export.verify.output import Block, OutputReader, Region, TensorId
 
 BAND_BYTES = 1 << 20  # of source rows compared at a time
@@ -80,6 +83,7 @@ class Comparer:
         self.sources, self.output, self.converter, self.progress = sources, output, converter, progress
         self.num_bytes_compared = 0
         self._lock = Lock()
+        self._matrix: tuple[tuple[Slab, tuple[int, int]], Block] | None = None
         self._found: dict[tuple[TensorId, Slab], Difference] = {}
         self._compared: dict[tuple[TensorId, Slab], int] = {}
 
@@ -128,6 +132,8 @@ class Comparer:
         if not uses:
             return
         band = self._read_source(slab, rectangles, rows)
+        if slab.update is not None:
+            merge_rows(slab, band, rows, self._read_matrix)
         compared = sum(self._compare_use(slab.slab, use, band, rows) for use in uses)
         with self._lock:
             self.num_bytes_compared += compared
@@ -173,6 +179,17 @@ class Comparer:
         data = np.ascontiguousarray(self.converter.apply(planned, block)).reshape(-1).view(np.uint8)
         elements: Block = data.view(f"u{planned.dtype.itemsize}").reshape(block.shape)
         return elements
+
+    def _read_matrix(self, tensor: SourceTensor, rows: tuple[int, int]) -> Block:
+        """Rows of a matrix of an adapter, raw. The one read last is kept: bands in a row need the same."""
+        kept = self._matrix
+        if kept is not None and kept[0] == (tensor.slab, rows):
+            return kept[1]
+        whole = SlabUses(tensor.slab, tensor.shape, dtype_by_name(tensor.dtype), ())
+        block = self._read_source(whole, self.sources.rectangles(whole.slab, whole.shape, whole.dtype), rows)
+        if rows == (0, tensor.shape[0]):
+            self._matrix = (tensor.slab, rows), block
+        return block
 
     def _read_source(
         self, slab: SlabUses, rectangles: Sequence[SourceRectangle], rows: tuple[int, int]

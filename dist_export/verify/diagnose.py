@@ -332,8 +332,9 @@ def _matches(suspect: Suspect, planned: PlannedTensor, sources: SourceFiles, rea
                 return False
         elif piece.box.num_elements:
             uses[piece.slab].append(_use(output, piece, piece.slab, suspect))
+    catalog = suspect.inverse.catalog
     work = [
-        SlabUses(slab, slab_shape(slab, suspect.inverse.catalog.tensors), planned.source_dtype, tuple(each))
+        SlabUses(slab, slab_shape(slab, catalog.tensors), planned.source_dtype, tuple(each), catalog.updates.get(slab))
         for slab, each in uses.items()
     ]
     every = [use for each in uses.values() for use in each]

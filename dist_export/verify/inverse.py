@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
+from dist_export.models.config import ModelConfig
 from dist_export.models.layout_ops import TrimVocabulary
 from dist_export.models.rules import Input, Scope, SourceRule, TargetRule
 from dist_export.models.shard_ops import ShardOp, TensorParallel
@@ -90,12 +92,17 @@ class InverseRules:
         for rule in self.output.plan.family.source_rules:
             if not rule.when(self.config):
                 continue
-            layers = range(self.config.num_layers) if "{layer}" in rule.source else (-1,)
+            num_layers = self.config.num_mtp_layers if rule.source.startswith("mtp.") else self.config.num_layers
+            layers = range(num_layers) if "{layer}" in rule.source else (-1,)
             experts = range(self.config.num_experts) if "{expert}" in rule.source else (-1,)
             for place in (Place(layer, expert) for layer in layers for expert in experts):
                 tensor = self.catalog.find(rule.source, layer=place.layer, expert=place.expert)
                 if tensor is not None:
                     yield SourceOrigin(rule, place, tensor)
+
+    def _config_at(self, place: Place) -> ModelConfig:
+        """The model's configuration with the sizes of a layer."""
+        return self.config.of_layer(place.layer)
 
     def rebuild(self, origin: SourceOrigin) -> RebuiltSource:
         """The source of `origin` as uses of the output; `ExportError` when some part of it is nowhere."""
@@ -111,7 +118,8 @@ class InverseRules:
         if left_out and not isinstance(origin.rule.op, TrimVocabulary):
             raise ExportError(f"{origin}: {left_out} of its elements are nowhere in the output")
         dtype = dtype_by_name(origin.tensor.dtype, where=origin.tensor.slab.name)
-        work = SlabUses(origin.tensor.slab, shape, dtype, tuple(_without_repeats(uses)))
+        update = self.catalog.updates.get(origin.tensor.slab)
+        work = SlabUses(origin.tensor.slab, shape, dtype, tuple(_without_repeats(uses)), update)
         return RebuiltSource(origin, work, left_out)
 
     def _use(self, piece: Piece, slab: Slab, shape: Shape) -> Use:
@@ -123,7 +131,7 @@ class InverseRules:
 
     def _rebuilt_views(self, origin: SourceOrigin) -> list[View]:
         """The source tensor in as many ways as it takes to use every copy of every part."""
-        rule, config = origin.rule, self.config
+        rule, config = origin.rule, self._config_at(origin.place)
         split = rule.op.split(View.of(origin.tensor.slab, origin.tensor.shape), config)
         copies: dict[View, list[View]] = defaultdict(list)  # parts with equal contents stand in for one another
         for part, name in zip(split, rule.logical, strict=True):
@@ -140,13 +148,20 @@ class InverseRules:
         """A logical tensor of `shape` from the target tensors that hold it, once per copy."""
         views: list[View] = []
         for rule, number in self._consumers[logical]:
-            for stage in self._stages(rule, place.layer):
-                holders = self._holders(rule, stage, place.expert)
-                shards = [self._input_view(rule, number, place, rank) for rank, _ in holders]
-                shard = rule.inputs[number].shard
-                chosen = self._copies(shard, shards, [tp for _, tp in holders], shape)
-                views += [shard.restore(each, self.config) for each in chosen]
+            shard = rule.inputs[number].shard
+            for stage, at in product(self._stages(rule, place.layer), self._holding(rule, place)):
+                holders = self._holders(rule, stage, at.expert)
+                shards = [self._input_view(rule, number, at, rank) for rank, _ in holders]
+                config = self._config_at(at)
+                chosen = self._copies(shard, shards, [tp for _, tp in holders], shape, config)
+                views += [shard.restore(each, config) for each in chosen]
         return views
+
+    def _holding(self, rule: TargetRule, place: Place) -> list[Place]:
+        """Where a rule holds a logical tensor of `place`: layers with copies of the embedding hold it several times."""
+        if rule.scope is Scope.MTP and place.layer < 0:
+            return [Place(layer, place.expert) for layer in range(self.config.num_mtp_layers)]
+        return [place]
 
     def _holders(self, rule: TargetRule, stage: int, expert: int) -> list[tuple[int, TensorParallel]]:
         """The target ranks of a stage that hold a rule's tensor (of an expert), in order of their tp positions."""
@@ -158,11 +173,16 @@ class InverseRules:
         return sorted(positions, key=lambda each: each[1].rank)
 
     def _copies(
-        self, shard: ShardOp, shards: Sequence[View], positions: Sequence[TensorParallel], shape: Shape
+        self,
+        shard: ShardOp,
+        shards: Sequence[View],
+        positions: Sequence[TensorParallel],
+        shape: Shape,
+        config: ModelConfig,
     ) -> Iterator[list[View]]:
         """Shards of all tp ranks, with each copy in turn where ranks hold the same part."""
         whole = View.of(Slab("logical"), shape)
-        held = [shard.take(whole, tp, self.config) for tp in positions]
+        held = [shard.take(whole, tp, config) for tp in positions]
         holders: dict[View, list[View]] = defaultdict(list)
         for part, view in zip(held, shards, strict=True):
             holders[part].append(view)
@@ -173,12 +193,14 @@ class InverseRules:
         """The pipeline stages that hold a rule's tensor."""
         if rule.scope is Scope.FIRST:
             return [0]
-        if rule.scope is Scope.LAST:
+        if rule.scope in (Scope.LAST, Scope.MTP):
             return [self.layout.pp_size - 1]
         return [s for s in range(self.layout.pp_size) if layer in self.layout.layers(s * self.layout.tp_size)]
 
     def target_name(self, rule: TargetRule, place: Place, rank: int) -> str:
         """What `rank` calls the tensor of a rule: layers are numbered from 0 in every stage."""
+        if rule.scope is Scope.MTP:
+            return Place(self.config.num_layers + place.layer, place.expert).fill(rule.target)
         return Place(place.layer - self.layout.layers(rank).start, place.expert).fill(rule.target)
 
     def _input_view(self, rule: TargetRule, number: int, place: Place, rank: int) -> View:
@@ -193,7 +215,8 @@ class InverseRules:
             experts = self.layout.experts(rank, self.config.num_experts)
             prefix, tp = (experts.index(place.expert),), self.layout.expert_tensor_parallel(rank)
         whole = [View.zeros(self.logical_shape(part, place)) for part in rule.inputs]
-        shards = [part.shard.take(view, tp, self.config) for part, view in zip(rule.inputs, whole, strict=True)]
+        config = self._config_at(place)
+        shards = [part.shard.take(view, tp, config) for part, view in zip(rule.inputs, whole, strict=True)]
         rows = [view.shape[0] for view in shards]
         return self.output.view(output, *prefix).narrow(0, sum(rows[:number]), rows[number])
 
@@ -225,7 +248,11 @@ class InverseRules:
         return None
 
     def _places(self, rule: TargetRule, rank: int) -> Iterator[Place]:
-        layers = self.layout.layers(rank) if rule.scope is Scope.LAYER else (-1,)
+        layers: Iterable[int] = (-1,)
+        if rule.scope is Scope.LAYER:
+            layers = (layer for layer in self.layout.layers(rank) if rule.layers(self.config, layer))
+        elif rule.scope is Scope.MTP:
+            layers = range(self.config.num_mtp_layers)
         experts = range(self.config.num_experts) if "{expert}" in rule.target else (-1,)
         return (Place(layer, expert) for layer in layers for expert in experts)
 
@@ -233,7 +260,7 @@ class InverseRules:
         """An element of a source tensor in terms of the model: ``layers.3.attention.key.weight[17, 5]``."""
         shape = origin.tensor.shape
         position = (row, column)[-len(shape) :] if shape else ()
-        split = origin.rule.op.split(View.of(origin.tensor.slab, shape), self.config)
+        split = origin.rule.op.split(View.of(origin.tensor.slab, shape), self._config_at(origin.place))
         for part, name in zip(split, origin.rule.logical, strict=True):
             for piece in part.pieces:
                 inner = [p - s for p, s in zip(position, piece.source_start, strict=True)]

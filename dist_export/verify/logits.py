@@ -244,8 +244,15 @@ def verify_logits(
     """
     kind, dtype = _kind_of(output)
     opened = open_checkpoint(checkpoint, iteration=iteration)
+    if opened.adapters is not None:
+        raise ExportError(f"{checkpoint}: holds adapters, which Megatron's own model is not given; use rebuild instead")
     config = _model_config(opened, overrides or {})
     ids = _token_ids(config, tokens, num_tokens, seed)
+    if kind == "trtllm" and config.window_size is not None and ids.shape[1] > config.window_size:
+        raise ExportError(
+            f"{ids.shape[1]} tokens are more than a window of {config.window_size}, of which a TensorRT-LLM checkpoint "
+            "does not know; give fewer"
+        )
     from dist_export.verify.megatron_adapter import Rounding, run_megatron
 
     if kind == "trtllm":

@@ -1,8 +1,9 @@
 """Reference logits from Megatron-Core's own GPTModel, built from a model configuration and filled from the checkpoint.
 
-Which stored tensor fills which parameter is Megatron's word (`sharded_state_dict`), and the records are decoded by
-torch, so nothing of the exporter's rules or of its readers is shared. The model runs on the CPU with the local layer
-spec. Its layers are filled just before they run and emptied afterwards: one layer's weights are in memory at a time.
+Which stored tensor fills which parameter is Megatron's word (`sharded_state_dict`), so nothing of the exporter's rules
+is shared; with it only the chunk table is, which says for every format what its tensors are and where they lie. The
+model runs on the CPU with the local layer spec. Its layers are filled just before they run and emptied afterwards: one
+layer's weights are in memory at a time.
 
 Importing this module imports torch; megatron-core is imported when it runs.
 """
@@ -85,7 +86,7 @@ def _check_supported(config: ModelConfig, num_positions: int) -> None:
         faults.add(f"it has {config.num_experts} experts")
     if config.attention_output_gate:
         faults.add("its attention output is gated")
-    longest = min(config.max_position_embeddings, config.window_size or config.max_position_embeddings)
+    longest = config.max_position_embeddings
     if num_positions > longest:
         faults.add(f"{num_positions} tokens are more than it sees at once ({longest}); give fewer")
     faults.raise_if_any()
@@ -108,6 +109,11 @@ def _megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(torch.cuda, _CUDA_ON_CPU))
         for module in (random, tensor_parallel, layers):
             stack.enter_context(_replaced(module, {"get_cuda_rng_tracker": lambda *_, **__: _NoRngTracker()}))
+        from megatron.core.fusions import fused_softmax
+
+        from dist_export.verify.megatron_modules import sliding_window_mask
+
+        stack.enter_context(_replaced(fused_softmax, {"get_sliding_window_causal_mask": sliding_window_mask}))
         dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(1, 1)
@@ -193,6 +199,9 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_norm,
         rotary_interleaved=config.rotary_interleaved,
+        softmax_scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+        window_size=None if config.window_size is None else (config.window_size, 0),
+        window_attn_skip_freq=None if config.window_layers is None else list(config.window_layers),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -213,15 +222,14 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
 def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
     """A GPTModel whose parameters have shapes and no storage."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from dist_export.verify.megatron_modules import add_scaling_and_capping, layer_spec
 
     scaling = config.rope_scaling
     with torch.device("meta"):
         model = GPTModel(
             config=_transformer_config(config, dtype),
-            transformer_layer_spec=get_gpt_layer_local_spec(
-                normalization=config.normalization, qk_layernorm=config.qk_norm
-            ),
+            transformer_layer_spec=layer_spec(config),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.max_position_embeddings,
             share_embeddings_and_output_weights=config.tied_embeddings,
@@ -239,6 +247,7 @@ def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
             scaling.high_freq_factor,
             scaling.original_max_position_embeddings,
         )
+    add_scaling_and_capping(model, config)
     return model.to(dtype).eval()
 
 
@@ -260,7 +269,7 @@ def _sources(model: Any, index: CheckpointIndex) -> dict[str, _Source]:
     state = model.sharded_state_dict(metadata=layout)
     sources = {name: _source(state[name], names) for name, _ in model.named_parameters()}
     needed = {key for source in sources.values() for key, _ in source.parts}
-    faults = Faults(f"{index.folder}: does not hold the tensors that Megatron-Core has for this model configuration")
+    faults = Faults(f"{index.origin}: does not hold the tensors that Megatron-Core has for this model configuration")
     faults.extend(f"{key} is missing" for key in sorted(needed - names))
     faults.extend(f"{key} is not part of the model" for key in sorted(names - needed))
     for key, box in (part for source in sources.values() for part in source.parts):

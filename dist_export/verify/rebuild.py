@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dist_export.convert.sources import SourceFiles
@@ -159,8 +159,7 @@ class Rebuild:
             except ExportError:
                 continue  # the coverage level names it
             uses = tuple(use for use in source.work.uses if use.output.file in self.readable)
-            slab = source.work
-            rebuilt.append(RebuiltSource(origin, type(slab)(slab.slab, slab.shape, slab.dtype, uses), source.left_out))
+            rebuilt.append(RebuiltSource(origin, replace(source.work, uses=uses), source.left_out))
         return rebuilt
 
     def compare(

@@ -1,4 +1,6 @@
-"""Stored tensors read without the reader that exports use: records are decoded by torch itself.
+"""Stored tensors of any format, read without the tiles of an export: records are decoded by torch itself.
+
+Where bytes lie is the chunk table's word, as for an export; most formats have no other reader that could be asked.
 
 Importing this module imports torch.
 """

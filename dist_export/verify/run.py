@@ -16,6 +16,7 @@ from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
 from dist_export.models.overrides import coerce_override
 from dist_export.plan.export import ExportPlan
+from dist_export.quantization import QuantizationOptions
 from dist_export.runtime.group import Group
 from dist_export.targets.huggingface.target import NAME as HUGGING_FACE
 from dist_export.targets.huggingface.target import HuggingFaceOptions
@@ -62,10 +63,11 @@ def find_exports(output: Path) -> list[Path]:
     return found
 
 
-def source_from_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> Source:
+def source_from_manifest(checkpoint: Path, manifest: Mapping[str, Any], *, base: Path | None = None) -> Source:
     """The source as it was named for the export, at `checkpoint`: same iteration, overrides and family.
 
-    The iteration is the recorded one even where training has saved later ones since.
+    The iteration is the recorded one even where training has saved later ones since. `base` is where the base model of
+    adapters lies now, where that is not as recorded; `ExportError` when the export merged none.
     """
     request, recorded = manifest["request"], manifest["source"].get("iteration")
     iteration = request.get("iteration")
@@ -81,7 +83,19 @@ def source_from_manifest(checkpoint: Path, manifest: Mapping[str, Any]) -> Sourc
         iteration=iteration if has_iterations else None,
         overrides=overrides,
         family=request.get("family"),
+        base=_base(request.get("base"), base),
+        master_weights=request.get("master_weights") is True,
+        quantization=QuantizationOptions.from_plain(request.get("quantization") or {}),
+        calibration=Path(request["calibration"]) if request.get("calibration") else None,
     )
+
+
+def _base(recorded: object, given: Path | None) -> Path | None:
+    if not isinstance(recorded, str):
+        if given is not None:
+            raise ExportError(f"--base {given}: the export was made without --base")
+        return None
+    return given or Path(recorded)
 
 
 def plan_from_manifest(model: OpenedModel, manifest: Mapping[str, Any]) -> ExportPlan:
@@ -105,7 +119,12 @@ def plan_from_manifest(model: OpenedModel, manifest: Mapping[str, Any]) -> Expor
 
 
 def verify_export(
-    checkpoint: Path, output: Path, *, options: VerifyOptions | None = None, group: Group | None = None
+    checkpoint: Path,
+    output: Path,
+    *,
+    options: VerifyOptions | None = None,
+    group: Group | None = None,
+    base: Path | None = None,
 ) -> VerifyReport:
     """Verify one output folder (`find_exports`) against the checkpoint it was made from. All ranks call it.
 
@@ -113,7 +132,7 @@ def verify_export(
     it cannot be verified at all: no manifest, a checkpoint that cannot be read.
     """
     manifest = read_manifest(output)
-    model = open_model(source_from_manifest(checkpoint, manifest))
+    model = open_model(source_from_manifest(checkpoint, manifest, base=base))
     made = plan_from_manifest(model, manifest)
     verification = Verification(model, made, manifest, output, options or VerifyOptions(), group or Group.single())
     return verification.run()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.every_format import write_dcp
+from support.exports import run_command
+from support.megatron_checkpoints import per_layer_weights
 from support.other_formats import exported
 from support.small_models import LLAMA, SmallModel, small_model
 from support.torch_dist import write_torch_dist
@@ -16,39 +19,8 @@ from dist_export.checkpoint.open import open_checkpoint
 from dist_export.errors import ExportError
 
 torch = pytest.importorskip("torch")
+CHECKPOINTS = Path(__file__).parents[1] / "conformance" / "checkpoints"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-from torch.distributed import checkpoint as dcp  # noqa: E402
-
-SPEC_NAMES = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-
-
-def write_dcp(folder: Path, model: SmallModel, *, split: bool, local_spec: bool = False, more: Any = None) -> Path:
-    """The state dict of `save_checkpoint` with --ckpt-format torch_dcp (megatron/training/checkpointing.py); `split`
-    divides gate and up as fsdp_dtensor does (megatron/core/transformer/fsdp_dtensor_checkpoint.py)."""
-    weights: dict[str, Any] = {}
-    for name, tensor in (model.per_layer() | (more or {})).items():
-        if local_spec:
-            for dist_name, spec_name in SPEC_NAMES.items():
-                name = name.replace(dist_name, spec_name)
-        if split and name.endswith("linear_fc1.weight"):
-            weights[name + "_w"], weights[name + "_v"] = (half.clone() for half in tensor.chunk(2))
-        else:
-            weights[name] = tensor
-    weights["decoder.layers.0.mlp.linear_fc1._extra_state"] = torch.zeros(0, dtype=torch.uint8)
-    state = {
-        "model": {f"module.{name}": tensor for name, tensor in weights.items()},
-        "optimizer": {"state": {"module.embedding.word_embeddings.weight": {"exp_avg": torch.zeros(64, 32)}}},
-        "args": argparse.Namespace(**model.args),
-        "iteration": 10,
-        "checkpoint_version": 3.0,
-        "rng_state": [{"random_rng_state": (1, 2), "np_rng_state": None}],
-    }
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
-    return folder
-
 
 @pytest.mark.parametrize(("split", "local_spec"), [(False, False), (True, False), (True, True)])
 def test_same_export_as_torch_dist(tmp_path: Path, split: bool, local_spec: bool) -> None:
@@ -100,14 +72,76 @@ def test_pipeline_stages_overwrote_one_another(tmp_path: Path) -> None:
         open_checkpoint(write_dcp(tmp_path / "dcp", model, split=True))
 
 
-def test_experts_that_overwrote_one_another(tmp_path: Path) -> None:
-    model = small_model(LLAMA, num_experts=4)
-    experts = {f"decoder.layers.0.mlp.experts.linear_fc1.weight{e}": torch.zeros(4, 4) for e in range(2)}
-    with pytest.raises(ExportError, match=r"holds 2 of 4 experts: before Megatron-Core 0.16"):
-        open_checkpoint(write_dcp(tmp_path / "dcp", model, split=False, more=experts))
-    grouped = {"decoder.layers.0.mlp.experts.weight1": torch.zeros(4, 4)}
-    with pytest.raises(ExportError, match=r"transposed blocks, .*--ckpt-format torch_dist"):
-        open_checkpoint(write_dcp(tmp_path / "grouped", model, split=False, more=grouped))
+def sequential(layer: str, expert: int, rest: str) -> str:
+    return f"{layer}.mlp.experts.local_experts.{expert}.{rest}"
+
+
+def grouped_by_te(layer: str, expert: int, rest: str) -> str:
+    return f"{layer}.mlp.experts.{rest}{expert}"
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> SmallModel:
+    """A real Megatron-Core model with 4 experts, a key per layer, as torch_dist has it."""
+    folder = CHECKPOINTS / "mixtral_core_0_16_pp2ep2" / "iter_0000010"
+    arguments = dict(open_checkpoint(folder).arguments or {})
+    arguments |= {"pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    return SmallModel(
+        {name: value for name, value in arguments.items() if isinstance(value, str | int | float | bool)},
+        per_layer_weights(folder),
+    )
+
+
+def with_experts(model: SmallModel, naming: Any) -> SmallModel:
+    """The same with module names of experts: SequentialMLP's or TEGroupedMLP's."""
+    tensors = {}
+    for name, tensor in model.tensors.items():
+        match = re.fullmatch(r"(decoder\.layers\.\d+)\.mlp\.experts\.experts\.(.*)", name)
+        if match:
+            tensors |= {naming(match[1], e, match[2]): part.clone() for e, part in enumerate(tensor)}
+        else:
+            tensors[name] = tensor
+    return SmallModel(model.args, tensors)
+
+
+@pytest.fixture(scope="module")
+def exported_mixtral(mixtral: SmallModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("mixtral")
+    plain = write_torch_dist(folder / "plain", mixtral.tensors, args=mixtral.args)
+    return exported(plain, folder / "out", "--tp", 2)
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["fsdp_dtensor", "torch_dcp"])
+@pytest.mark.parametrize("naming", [sequential, grouped_by_te])
+def test_experts(
+    mixtral: SmallModel, exported_mixtral: dict[str, Any], naming: Any, split: bool, tmp_path: Path
+) -> None:
+    """`split`: as Megatron-FSDP writes them with any expert parallelism, every number global
+    (megatron/core/transformer/fsdp_dtensor_checkpoint.py, `handle_experts_in_state_dict`)."""
+    folder = write_dcp(tmp_path / "dcp", with_experts(mixtral, naming), split=split, local_spec=True)
+    assert exported(folder, tmp_path / "out", "--tp", 2) == exported_mixtral
+
+
+@pytest.mark.parametrize("naming", [sequential, grouped_by_te])
+def test_experts_that_overwrote_one_another(mixtral: SmallModel, naming: Any, tmp_path: Path) -> None:
+    model = with_experts(mixtral, naming)
+    lost = {naming(f"decoder.layers.{layer}", e, "linear_fc2.weight") for layer in range(4) for e in (2, 3)}
+    model.tensors = {name: tensor for name, tensor in model.tensors.items() if name not in lost}
+    message = r"experts\.experts\.\{expert\}\.linear_fc2\.weight of 2 of 4 experts: .*--ckpt-format torch_dist"
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(write_dcp(tmp_path / "dcp", model, split=True))
+
+
+@pytest.mark.parametrize("name", ["weight1", "weight2", "linear_fc1.weight"])
+def test_experts_in_one_tensor(mixtral: SmallModel, name: str, tmp_path: Path) -> None:
+    """GroupedMLP (until 0.16) and --moe-single-grouped-weight."""
+    tensors = {key: tensor for key, tensor in mixtral.tensors.items() if ".experts." not in key}
+    more = {f"decoder.layers.{layer}.mlp.experts.{name}": torch.zeros(4, 4, 4) for layer in range(4)}
+    folder = write_dcp(tmp_path / "dcp", SmallModel(mixtral.args, tensors), split=False, more=more)
+    done = run_command("inspect", folder)
+    assert done.returncode == 2
+    assert f"decoder.layers.0.mlp.experts.{name} holds all experts of a rank as one tensor" in done.stderr
+    assert "save it in the torch_dist format (--ckpt-format torch_dist)" in done.stderr
 
 
 def test_an_unfinished_torch_dist_checkpoint(tmp_path: Path) -> None:

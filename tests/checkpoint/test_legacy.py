@@ -33,8 +33,8 @@ from dist_export.errors import ExportError
 MODELS: dict[str, dict[str, Any]] = {
     "gated": {"style": "llama", "tp": 2, "pp": 2, "vpp": 2},
     "tied": {"style": "gpt", "tp": 2, "pp": 2},
-    "grouped": {"style": "llama", "tp": 2, "ep": 2, "experts": 4, "grouped": True, "world": 4, "layers": 2},
-    "sparse": {"style": "llama", "tp": 2, "ep": 2, "etp": 1, "experts": 4, "world": 2, "layers": 2},
+    "grouped": {"style": "mixtral", "tp": 2, "ep": 2, "grouped": True, "layers": 2},
+    "sparse": {"style": "mixtral", "tp": 2, "ep": 2, "etp": 1, "layers": 2},
 }
 
 

@@ -152,6 +152,16 @@ def drop_layer(state: dict[str, Any]) -> None:
             lambda s: s["model"].update({"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(30, 64)}),
             "linear_fc1.weight has 30 rows on a rank, expected 64 or 128 for its linear_fc2",
         ),
+        (
+            GPT,
+            lambda s: s["model"].update({"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(())}),
+            r"linear_fc1.weight: has shape \[\], expected 1 dims or more",
+        ),
+        (
+            GPT,
+            lambda s: s["model"].update({"decoder.layers.0.self_attention.linear_proj.weight": torch.zeros(8)}),
+            r"linear_proj.weight: has shape \[8\], expected 2 dims or more",
+        ),
         (LLAMA, only_rank(1, drop_layer), "hold 1, 1, 1, 0 layers, 3 together; num_layers is 4"),
         (LLAMA, only_rank(1, lambda s: s.pop("model1")), "has 1 virtual pipeline stages, mp_rank_00_000 has 2"),
         (LLAMA, lambda s: s.update(other=s.pop("model0")), "expected the weights under model, or model0, model1, …"),

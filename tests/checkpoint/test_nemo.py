@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import yaml
+from support.every_format import nemo_folder, nemo_rank_folder
 from support.exports import run_command
 from support.other_formats import add_member, exported, pack, write_nemo_folder, write_zarr
-from support.small_models import GPT, LLAMA, NEMOTRON, SmallModel, small_model
+from support.small_models import GPT, LLAMA, NEMOTRON, small_model
 from support.torch_dist import write_torch_dist
 
 from dist_export import api
@@ -27,12 +31,6 @@ from dist_export.models.config import RopeScaling
 
 torch = pytest.importorskip("torch")
 STYLES = {"llama": LLAMA, "gpt": GPT, "nemotron": NEMOTRON}
-
-
-def nemo_folder(folder: Path, model: SmallModel, **changes: Any) -> Path:
-    write_nemo_folder(folder, model, **changes)
-    write_torch_dist(folder / "model_weights", model.tensors, args=None, prefix="model.")
-    return folder
 
 
 def model_of(checkpoint: Path) -> Any:
@@ -61,8 +59,26 @@ def test_compressed(tmp_path: Path) -> None:
         list(map(str, command)), env={**os.environ, "TMPDIR": str(temporary)}, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    verified = run_command("verify", archive, tmp_path / "b", "--num-processes", 2, env={"TMPDIR": str(temporary)})
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     assert {p.name: p.read_bytes() for p in (tmp_path / "b").glob("*.safetensors")}.items() <= plain.items()
     assert list(temporary.iterdir()) == []
+    manifest = json.loads((tmp_path / "b" / "export_manifest.json").read_text())
+    assert manifest["source"]["folder"] == str(archive)
+    assert any("the tokenizer (sentencepiece, 0123_tokenizer.model), which" in note for note in manifest["notes"])
+    assert str(archive) in run_command("inspect", archive).stdout
+
+
+def test_errors_about_a_compressed_archive_name_it(tmp_path: Path) -> None:
+    folder = nemo_folder(tmp_path / "extracted", small_model(LLAMA))
+    (folder / "model_weights" / ".metadata").write_bytes(b"x")
+    archive = pack(folder, tmp_path / "m.nemo", mode="w:gz")
+    with pytest.raises(ExportError, match=f"^{archive}: model_weights/.metadata: not a pickle"):
+        open_checkpoint(archive)
+    write_torch_dist(folder / "model_weights", small_model(LLAMA).tensors, args=None)
+    (folder / "model_config.yaml").write_text("- 1")
+    with pytest.raises(ExportError, match=f"^{archive}: model_config.yaml"):
+        open_checkpoint(pack(folder, archive, mode="w:gz"))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -74,42 +90,11 @@ def test_zarr_inside(tmp_path: Path, packed: bool) -> None:
     assert exported(pack(folder, tmp_path / "m.nemo") if packed else folder, tmp_path / "b") == plain
 
 
-def rank_states(model: SmallModel, tp: int, pp: int) -> dict[tuple[int, int], dict[str, Any]]:
-    """What each rank's model_weights.ckpt holds: local layers, gate and up of the rank one after the other."""
-    states: dict[tuple[int, int], dict[str, Any]] = {}
-    per_stage = model.args["num_layers"] // pp
-    for name, tensor in model.per_layer().items():
-        parts = name.split(".")
-        stage = pp - 1 if name.startswith(("decoder.final", "output_layer")) else 0
-        if parts[1] == "layers":
-            stage, local = divmod(int(parts[2]), per_stage)
-            name = ".".join([*parts[:2], str(local), *parts[3:]])
-        for rank in range(tp):
-            states.setdefault((rank, stage), {})["model." + name] = shard(name, tensor, rank, tp).clone()
-    return states
-
-
-def shard(name: str, tensor: Any, rank: int, tp: int) -> Any:
-    if "norm" in name:
-        return tensor
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        return tensor.chunk(tp, 1)[rank]
-    if "linear_fc1" in name:
-        return torch.cat([half.chunk(tp)[rank] for half in tensor.chunk(2)])
-    return tensor.chunk(tp)[rank]
-
-
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
 def test_state_dicts_per_rank(tmp_path: Path, tp: int, pp: int) -> None:
     model = small_model(LLAMA)
     plain = exported(write_torch_dist(tmp_path / "plain", model.tensors, args=model.args), tmp_path / "a")
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    folder = write_nemo_folder(tmp_path / "extracted", model, **sizes)
-    for (rank, stage), state in rank_states(model, tp, pp).items():
-        name = f"mp_rank_{rank:02d}" if pp == 1 else f"tp_rank_{rank:02d}_pp_rank_{stage:03d}"
-        file = folder / "model_weights.ckpt" if (tp, pp) == (1, 1) else folder / name / "model_weights.ckpt"
-        file.parent.mkdir(exist_ok=True)
-        torch.save(state, file)
+    folder = nemo_rank_folder(tmp_path / "extracted", model, tp=tp, pp=pp)
     archive = pack(folder, tmp_path / "m.nemo")
     assert open_checkpoint(archive).index.format == "NeMo 1 (legacy)"
     assert exported(archive, tmp_path / "b") == plain
@@ -213,6 +198,41 @@ def test_long_names_and_large_members(tmp_path: Path) -> None:
     (tmp_path / "huge.tar").write_bytes(huge.tobuf(tarfile.GNU_FORMAT))
     with pytest.raises(ExportError, match=r"huge needs 1099511628288 bytes, the archive has 512: it is cut"):
         open_tar(tmp_path / "huge.tar")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (b"00000000000", r"no tar header at byte \d+: the archive is cut or damaged"),
+        (b"77777777777", r"needs \d+ bytes, the archive has \d+: it is cut"),
+        (b"many bytes!", r"a member whose size is b'many bytes!"),
+        (b"-0000000001", r"a member whose size is b'-0000000001"),
+        (b"1_000_000", r"a member whose size is b'1_000_000"),
+        (b"\xff" * 11, r"a member of an impossible size"),
+        (b"\x80" + b"\xff" * 10, r"a member of an impossible size"),
+    ],
+)
+def test_sizes_that_lie(tmp_path: Path, archive: Path, size: bytes, message: str) -> None:
+    data = bytearray(archive.read_bytes())
+    start = data.index(b"./model_config.yaml")
+    header = data[start : start + 512]
+    header[124:136] = size.ljust(12, b"\xff" if size[0] > 127 else b"\0")
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * ord(" "))
+    copy = tmp_path / "m.nemo"
+    copy.write_bytes(data[:start] + header + data[start + 512 :])
+    with pytest.raises(ExportError, match=message) as caught:
+        open_checkpoint(copy)
+    assert str(copy) in str(caught.value)
+
+
+def test_flipped_bytes_of_a_compressed_archive(tmp_path: Path, archive: Path) -> None:
+    packed, random = gzip.compress(archive.read_bytes(), compresslevel=1), Random(0)
+    copy = tmp_path / "m.nemo"
+    for _ in range(30):
+        position = random.randrange(len(packed))
+        copy.write_bytes(packed[:position] + bytes([packed[position] ^ 0x10]) + packed[position + 1 :])
+        with contextlib.suppress(ExportError):  # the time in the header means nothing
+            open_checkpoint(copy)
 
 
 def test_pax_headers_that_claim_much(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from dist_export.convert.execute import Executor
 from dist_export.convert.outputs import OutputFile
 from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes, publication
+from dist_export.staged_files import StagedFiles
 
 FAULT: dict[str, Any] = {}
 HERE: dict[str, int] = {}
@@ -120,7 +121,8 @@ def install() -> None:
     """Wrap the steps."""
     wrap(session.ExportSession, "run", before=lambda each: HERE.update(rank=each.group.rank))
     wrap(session.ExportSession, "_agree", before=at("agreement"), after=at("agreed"))
-    wrap(session.ExportSession, "_create_files", before=at("before files"), after=at("files created"))
+    wrap(StagedFiles, "create", before=at("before files"), after=at("files created"))
+    wrap(StagedFiles, "_gather_run", before=at("gather"))
     wrap(OutputFile, "write_at", before=pace)
     wrap(OutputFile, "write_at", after=at("transfer"))
     wrap(Executor, "run", after=at("written"))

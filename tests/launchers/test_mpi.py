@@ -113,7 +113,7 @@ def test_a_rank_that_refuses_its_input_says_so_once(
     fault = program(rank=1, point="before files", action="refuse")
     output = tmp_path / "out"
     ended = run_script(mpirun, long_checkpoint, output, *LAYOUT, output=output, EXPORT_PROGRAM=fault)
-    assert ended.code != 0
+    assert ended.code in (2, 3)
     assert ended.causes == ["dist-export: error: rank 1: something is wrong with the input"], ended.text
     assert list(tmp_path.glob(".out*")) == []
 

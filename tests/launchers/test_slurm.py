@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ pytest.importorskip("torch")
 
 from support.exports import REPOSITORY
 from support.faulty_runs import MOST_SECONDS, bytes_read, staged, weights
-from support.launched import LAYOUT, died_at, wait_until_gone
+from support.launched import LAYOUT, died_at, processes_with, wait_until_gone
 from support.own_slurm import Slurm, running_slurm, why_not
 
 SCRIPT = REPOSITORY / "launch" / "export.sbatch"
@@ -112,6 +114,45 @@ def test_a_cancelled_job_leaves_what_another_one_resumes(
     assert job["JobState"] == "COMPLETED", logs(tmp_path)
     assert weights(tmp_path / "out") == weights(whole)
     assert bytes_read(tmp_path / "out") < 0.9 * bytes_read(whole)
+
+
+def test_a_job_requeued_after_it_had_published_is_done(
+    slurm: Slurm, long_checkpoint: Path, whole: Path, tmp_path: Path, program: Callable[..., str]
+) -> None:
+    """Its ranks 1 to 3 still stand where the export has been published already."""
+    fault = program(rank=1, point="end", action="60")
+    number = submit(slurm, tmp_path, long_checkpoint, tmp_path / "out", *LAYOUT, EXPORT_PROGRAM=fault)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "config.json").exists():
+        assert time.monotonic() < deadline, logs(tmp_path)
+        time.sleep(0.05)
+    slurm.command("scontrol", "requeue", number)
+    job = slurm.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), logs(tmp_path)
+    assert logs(tmp_path).count("holds this export already: nothing to do") == 1
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+def test_a_killed_srun_leaves_nothing(
+    slurm: Slurm, long_checkpoint: Path, tmp_path: Path, program: Callable[..., str]
+) -> None:
+    arguments = (long_checkpoint, tmp_path / "out", *LAYOUT)
+    number = submit(slurm, tmp_path, *arguments, EXPORT_PROGRAM=program(pace=0.3))
+    wait_until_writing(tmp_path)
+    sruns = [pid for pid in processes_with(str(tmp_path / "out")) if is_srun(pid)]
+    assert sruns
+    begun = time.monotonic()
+    for pid in sruns:
+        os.kill(pid, signal.SIGKILL)
+    seconds = wait_until_gone(str(tmp_path / "out"), limit_s=60) - begun
+    print(f"kill of srun to the end of all processes: {seconds:.1f} s")
+    assert seconds < MOST_SECONDS
+    assert slurm.wait(number)["JobState"] == "FAILED"
+    assert not (tmp_path / "out").exists()
+
+
+def is_srun(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "srun"
 
 
 @pytest.mark.parametrize("rank", [0, 3])

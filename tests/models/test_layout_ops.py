@@ -12,7 +12,14 @@ from support.small_models import model_config
 from support.views import run, source
 
 from dist_export.errors import ExportError
-from dist_export.models.layout_ops import SAME, SPLIT_HALVES, SPLIT_QKV, LayoutOp, TrimVocabulary
+from dist_export.models.layout_ops import (
+    SAME,
+    SPLIT_HALVES,
+    SPLIT_INTERLEAVED,
+    SPLIT_QKV,
+    LayoutOp,
+    TrimVocabulary,
+)
 from dist_export.models.shard_ops import COLUMN, HEADS, KEY_VALUE_HEADS, REPLICATE, ROW, SlicePadded, TensorParallel
 from dist_export.tensors.views import View, concatenate
 
@@ -51,6 +58,29 @@ def test_gate_is_the_first_half_and_up_the_second(shape: tuple[int, ...]) -> Non
     assert (run(gate, numbers) == whole[:12]).all()
     assert (run(up, numbers) == whole[12:]).all()
     assert SPLIT_HALVES.join((gate, up), config) == view
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_blocks_that_alternate_on_each_rank_split_and_join(data: st.DataObject) -> None:
+    pairs, size, ranks = (data.draw(st.integers(1, 4)) for _ in range(3))
+    config = model_config(
+        num_experts=2,
+        moe_top_k=1,
+        moe_ffn_hidden_size=pairs * size * ranks,
+        moe_glu_interleave_size=size,
+        moe_glu_interleave_num_shards=ranks,
+    )
+    view, numbers = source((2 * pairs * size * ranks, 3))
+    parts = SPLIT_INTERLEAVED.split(view, config)
+    stored = run(view, numbers).reshape(2, ranks, pairs * size, 3)  # half of a rank's rows, rank
+    on_ranks = stored.swapaxes(0, 1).reshape(ranks, pairs, 2, size, 3)  # as TEGroupedMLP sees them
+    for number, part in enumerate(parts):
+        assert not part.faults()
+        assert (run(part, numbers) == on_ranks[:, :, number].reshape(-1, 3)).all()
+    joined = SPLIT_INTERLEAVED.join(parts, config)
+    assert joined.faults() == []
+    assert (run(joined, numbers) == run(view, numbers)).all()
 
 
 def test_padding_rows_leave_the_vocabulary_and_come_back_as_zeros() -> None:

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from dist_export.errors import ExportError
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
@@ -37,6 +39,24 @@ def exchange(group: Group) -> int:
         assert group.broadcast(step, expected if group.rank == 0 else None) == expected
     group.barrier("done")
     say(group, "exchanged")
+    return 0
+
+
+def maxima(group: Group) -> int:
+    """Every rank gets the maximum of all ranks' arrays, bit for bit, however many ranks share the values."""
+    everything = np.random.default_rng(7).normal(size=(2, 3, 500_000)).astype(np.float32)  # 12 MB
+    everything.flat[:3] = (np.nan, np.inf, -0.0)
+    mine = np.where(np.arange(everything.size) % group.world_size == group.rank, everything.ravel(), np.float32("-inf"))
+    kept = mine.copy()
+    result = group.all_reduce_max(mine.reshape(everything.shape))
+    assert result.dtype == np.float32 and result.shape == everything.shape
+    everything.flat[2] = 0.0
+    assert result.tobytes() == everything.tobytes()
+    assert mine.tobytes() == kept.tobytes(), "the argument has changed"
+    scalar = group.all_reduce_max(np.array(group.rank, np.float32), step="rank")
+    assert scalar.shape == () and scalar == group.world_size - 1
+    assert group.all_reduce_max(np.zeros((0, 4), np.float32), step="empty").shape == (0, 4)
+    say(group, "reduced")
     return 0
 
 
@@ -206,7 +226,7 @@ def progress(group: Group) -> int:
 SCENARIOS: dict[str, Callable[[Group], int]] = {
     function.__name__: function
     for function in (
-        exchange, barriers, rank_1_bad_input, rank_1_bug, wait_for_ever, rank_1_killed, rank_0_killed,
+        exchange, maxima, barriers, rank_1_bad_input, rank_1_bug, wait_for_ever, rank_1_killed, rank_0_killed,
         rank_1_stopped, rank_1_stuck, killed_beside_stuck, silent_exit, return_code, buffered_output, clean_up,
         slow, long_message, progress,
     )

@@ -29,6 +29,13 @@ def test_values_of_every_size_are_exchanged(num_processes: int) -> None:
     assert ended.out.count("exchanged") == num_processes
 
 
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_maxima_do_not_depend_on_the_number_of_processes(num_processes: int) -> None:
+    ended = run_forked(num_processes, "maxima")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.count("reduced") == num_processes
+
+
 def test_32_ranks_pass_barriers_together() -> None:
     ended = run_forked(32, "barriers")
     assert (ended.code, ended.err) == (0, "")

@@ -27,6 +27,12 @@ def test_torchrun_exchanges_values_of_every_size() -> None:
     assert (ended.code, ended.out.count("exchanged")) == (0, 2), ended.err
 
 
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_torchrun_reduces_maxima(num_processes: int) -> None:
+    ended = run_torchrun(num_processes, "maxima")
+    assert (ended.code, ended.out.count("reduced")) == (0, num_processes), ended.err
+
+
 def test_torchrun_prints_an_export_error_once() -> None:
     ended = run_torchrun(3, "rank_1_bad_input")
     assert errors(ended.err) == ["dist-export: error: rank 1: model.safetensors: tensor 'x' is cut off"]
@@ -44,6 +50,11 @@ def test_torchrun_names_a_killed_rank_once_although_it_terminates_the_others(ran
 def test_srun_exchanges_values_over_the_store_of_rank_0() -> None:
     codes, causes, _seconds = of_ranks(run_srun_like(3, "exchange", job_id=_job()))
     assert (codes, causes) == ([0, 0, 0], [])
+
+
+def test_srun_reduces_maxima_over_the_store_of_rank_0() -> None:
+    codes, causes, _seconds = of_ranks(run_srun_like(2, "maxima", job_id=_job()))
+    assert (codes, causes) == ([0, 0], [])
 
 
 def test_srun_prints_an_export_error_once_and_every_rank_fails() -> None:

@@ -7,4 +7,6 @@ CHECKPOINTS = {
     "llama_legacy_core_0_16_pp2vpp2": "llama",
     "gpt2_legacy_core_0_16_tp2": "gpt2",
     "mixtral_core_0_16_pp2ep2": "mixtral",
+    "starcoder2_core_0_16_tp2": "starcoder2",
+    "starcoder_core_0_16_tp2": "starcoder",
 }

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dist_export.families.llama import engine_rules
+from dist_export.families.registry import choose_family
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.layout_ops import SPLIT_HALVES
 from dist_export.models.logical import LogicalModel
 from dist_export.models.megatron import ATTENTION, EMBEDDINGS, NORMS
 from dist_export.models.provenance import ResolvedConfig
-from dist_export.models.registry import choose_family
 from dist_export.models.resolve import resolve_config
 from dist_export.models.rules import Family, Input, SourceRule, TargetRule
 from dist_export.models.shard_ops import COLUMN, ROW
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.layout import TargetLayout
 from dist_export.plan.shard import ShardPlanner
-from dist_export.targets.trtllm.tables import EmbeddingSharding, llama_rules
+from dist_export.targets.trtllm.tables import EmbeddingSharding
 from dist_export.targets.trtllm.target import RankFiles, TrtllmOptions, plan_export
 from dist_export.tensors.dtypes import dtype_by_name
 from support.large_models import LargeModel
@@ -44,7 +45,7 @@ MIXTURE = Family(
     description="Llama with experts in every layer, for tests of scale",
     unmet=lambda config: [],
     source_rules=(*EMBEDDINGS, *NORMS, *ATTENTION, *EXPERT_SOURCES),
-    architectures={"trtllm": "MixtralForCausalLM"},
+    architectures={},
 )
 
 
@@ -71,7 +72,7 @@ def large_plan(
         return plan_export(family, resolved, catalog, TrtllmOptions(tp_size=tp, pp_size=pp, release="1.0"))
     stages = tuple(model.num_layers * (i + 1) // pp - model.num_layers * i // pp for i in range(pp))
     logical = LogicalModel(catalog, MIXTURE.source_rules, resolved.config)
-    rules = [rule for rule in llama_rules(EmbeddingSharding()) if ".mlp." not in rule.target]
+    rules = [rule for rule in engine_rules(EmbeddingSharding()) if ".mlp." not in rule.target]
     planner = ShardPlanner(
         (*rules, *EXPERT_TARGETS), logical, TargetLayout(tp, pp, stages, moe_ep), dtype_by_name("bfloat16")
     )

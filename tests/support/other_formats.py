@@ -102,7 +102,7 @@ def write_nemo2(top: Path, model: SmallModel, **changes: Any) -> Path:
     config = {"_target_": "nemo.collections.llm.gpt.model.llama.Llama3Config8B", **transformer_config(model)}
     config |= {**gpt_config(model), **changes}
     context = top / "context"
-    context.mkdir()
+    (context / "nemo_tokenizer").mkdir(parents=True)
     document = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": config, "tokenizer": None}
     (context / "model.yaml").write_text(yaml.safe_dump(document))
     (context / "io.json").write_text(json.dumps({"objects": {}, "root": {"type": "ref"}}))
@@ -129,6 +129,7 @@ def nemo_config(model: SmallModel, **changes: Any) -> dict[str, Any]:
         "transformer_block_type": "pre_ln",
         "tokenizer": {"library": "sentencepiece", "model": "nemo:0123_tokenizer.model"},
         "precision": "bf16",
+        "nemo_version": "1.23.0",
         "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
         **changes,
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dist_export.families.registry import choose_family
 from dist_export.models.catalog import SourceCatalog
-from dist_export.models.registry import choose_family
 from dist_export.models.resolve import resolve_config
 from dist_export.plan.export import ExportPlan
 from dist_export.targets.trtllm.target import TrtllmOptions, plan_export

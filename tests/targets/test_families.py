@@ -8,7 +8,7 @@ import pytest
 from support.small_models import model_config
 
 from dist_export.errors import ExportError
-from dist_export.models.registry import FAMILIES, choose_family
+from dist_export.families.registry import FAMILIES, choose_family
 
 NEMOTRON: dict[str, Any] = {
     "normalization": "LayerNorm", "zero_centered_norm": True, "activation": "squared_relu", "gated": False,

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from support.small_models import model_config
 
 from dist_export.errors import ExportError
+from dist_export.families import gpt, llama
 from dist_export.plan.layout import TargetLayout
+from dist_export.targets.trtllm.architecture import EngineModel, ReleaseLimit, choose_engine
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
 from dist_export.targets.trtllm.releases import (
-    ENGINE_MODELS,
     NESTED_KEYS,
     RELEASES,
+    Span,
     check_config,
     parse_release,
-    releases_for,
     split_layers,
 )
 from dist_export.targets.trtllm.tables import EmbeddingSharding
 
-LLAMA, GPT = "LlamaForCausalLM", "GPTForCausalLM"
+NO_STAGES = ReleaseLimit(Span("1.0", "1.0"), lambda model, layout: layout.pp_size == 1, "no stages")
+LLAMA, GPT = llama.ENGINE, gpt.ENGINE
 GPT_FIELDS: dict[str, Any] = {
     "normalization": "LayerNorm", "activation": "gelu_tanh", "gated": False, "position_embedding": "learned_absolute"
 }  # fmt: skip
 
 
-def config(architecture: str = LLAMA, **fields: Any) -> dict[str, Any]:
+def config(architecture: EngineModel = LLAMA, **fields: Any) -> dict[str, Any]:
     base = GPT_FIELDS if architecture == GPT else {}
     model = model_config(**{**base, **fields})
     options = ServingOptions("bfloat16", EmbeddingSharding())
@@ -36,11 +39,10 @@ def config(architecture: str = LLAMA, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", [LLAMA, GPT])
-def test_what_is_written_suits_every_release(architecture: str) -> None:
+def test_what_is_written_suits_every_release(architecture: EngineModel) -> None:
     written = config(architecture)
-    check_config(written, RELEASES)
-    row = ENGINE_MODELS[architecture]
-    assert set(written) <= {*row.required, *row.permitted}
+    check_config(written, architecture.keys, RELEASES)
+    assert set(written) <= {*architecture.keys.required, *architecture.keys.permitted}
     for table, keys in NESTED_KEYS.items():
         assert all(release in keys[key] for key in written[table] for release in RELEASES)
 
@@ -61,11 +63,11 @@ def test_what_is_written_suits_every_release(architecture: str) -> None:
 def test_forbidden_keys_per_release(table: str, key: str, refused_by: str, accepted_by: str) -> None:
     written = config()
     written[table] = {**written[table], key: None}
-    check_config(written, (accepted_by,))
+    check_config(written, LLAMA.keys, (accepted_by,))
     with pytest.raises(ExportError, match=re.escape(f"TensorRT-LLM {refused_by}: {table}.{key} is refused by")):
-        check_config(written, (refused_by,))
+        check_config(written, LLAMA.keys, (refused_by,))
     with pytest.raises(ExportError, match=f"does not suit TensorRT-LLM 0.12 to 1.2: .*{key} is refused by .*"):
-        check_config(written, RELEASES)
+        check_config(written, LLAMA.keys, RELEASES)
 
 
 def test_unknown_and_missing_keys_come_together() -> None:
@@ -74,7 +76,7 @@ def test_unknown_and_missing_keys_come_together() -> None:
     written["mapping"] = {**written["mapping"], "rank": 0}
     written["residual"] = 1
     with pytest.raises(ExportError) as error:
-        check_config(written, ("1.0",))
+        check_config(written, LLAMA.keys, ("1.0",))
     for part in ("4 faults", "mapping.rank is refused by 1.0", "rotary_base is missing",
                  "position_embedding_type is missing", "residual is not a field of LlamaForCausalLM"):  # fmt: skip
         assert part in str(error.value)
@@ -94,8 +96,27 @@ def test_what_is_no_release(text: str) -> None:
 
 
 def test_releases_of_a_class() -> None:
-    assert releases_for(LLAMA, None) == RELEASES
-    assert releases_for(GPT, "0.19") == ("0.19",)
+    model, layout = model_config(), TargetLayout(1, 2, (1, 1))
+    assert LLAMA.valid_releases(model, layout, "bfloat16", None) == RELEASES
+    assert LLAMA.valid_releases(model, layout, "bfloat16", "0.19") == ("0.19",)
+    late = replace(LLAMA, releases=Span("1.0"), release_limits=(NO_STAGES,))
+    assert late.valid_releases(model, layout, "float16", None) == ("1.1", "1.2")
+    assert late.valid_releases(model, TargetLayout(2, 1, (2,)), "float16", None) == ("1.0", "1.1", "1.2")
+    with pytest.raises(ExportError, match=r"LlamaForCausalLM of TensorRT-LLM 1.0 cannot [^\n]*: 1 fault\n  - no st"):
+        late.valid_releases(model, layout, "float16", "1.0")
+    with pytest.raises(ExportError, match=r"the class is in TensorRT-LLM 1.0 to 1.2, not in 0.21"):
+        late.valid_releases(model, layout, "float16", "0.21")
+    with pytest.raises(ExportError, match="is served in float16, not in float32"):
+        replace(LLAMA, dtypes=("float16",)).valid_releases(model, layout, "float32", None)
+
+
+def test_a_class_that_changed_between_releases() -> None:
+    old, new = replace(LLAMA, releases=Span("0.12", "0.15")), replace(LLAMA, releases=Span("0.16", "0.21"))
+    assert choose_engine((old, new), None) is new
+    assert choose_engine((old, new), "0.14") is old
+    assert choose_engine((old, new), "0.16") is new
+    with pytest.raises(ExportError, match=r"is in TensorRT-LLM 0.12 to 0.15, 0.16 to 0.21, not in 1.0"):
+        choose_engine((old, new), "1.0")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +178,7 @@ def test_llama_names_the_activation_inside_its_gated_mlp(activation: str, name: 
     ],
 )
 def test_what_a_class_cannot_express(
-    architecture: str, fields: dict[str, Any], layout: tuple[int, int], message: str
+    architecture: EngineModel, fields: dict[str, Any], layout: tuple[int, int], message: str
 ) -> None:
     base = GPT_FIELDS if architecture == GPT else {}
     grid = TargetLayout(layout[0], layout[1], (2 // layout[1],) * layout[1])
@@ -169,4 +190,4 @@ def test_notes_about_what_the_target_computes() -> None:
     assert model_notes(model_config()) == []
     gelu, window = model_config(**{**GPT_FIELDS, "activation": "gelu"}), model_config(window_size=128)
     assert "every gelu as its tanh form" in model_notes(gelu)[0]
-    assert "window of 128" in model_notes(window)[0]
+    assert "window of 129" in model_notes(window)[0]

@@ -15,6 +15,7 @@ from verify.faulty import Tensors, adopt_the_plan, change, export_to, messages, 
 
 from dist_export.convert import execute, numpy_arithmetic
 from dist_export.errors import ExportError
+from dist_export.families import llama as family
 from dist_export.models.logical import LogicalModel
 from dist_export.models.rules import Input, SourceRule
 from dist_export.models.shard_ops import Slice, SliceKeyValueHeads, TensorParallel
@@ -213,13 +214,13 @@ def modulo_heads(self: SliceKeyValueHeads, view, tp, config):
 
 
 def swapped_table(embedding: tables.EmbeddingSharding):
-    """llama_rules that take gate for up, and the other way round."""
+    """The Llama rules that take gate for up, and the other way round."""
 
     def other(part: Input) -> Input:
         name = part.logical.replace(".gate.", ".TMP.").replace(".up.", ".gate.").replace(".TMP.", ".up.")
         return replace(part, logical=name)
 
-    return tuple(replace(rule, inputs=tuple(map(other, rule.inputs))) for rule in tables.llama_rules(embedding))
+    return tuple(replace(rule, inputs=tuple(map(other, rule.inputs))) for rule in family.engine_rules(embedding))
 
 
 WRONG_CODE = {
@@ -233,7 +234,9 @@ WRONG_CODE = {
         r"they are those of tp rank [23]; .* the first at layers.0.attention.key.weight\[0, 0\], here row 8, column 0",
     ),
     "gate and up swapped in the target's table": (
-        lambda patch: patch.setitem(tables.TABLES, "LlamaForCausalLM", swapped_table),
+        lambda patch: patch.setitem(
+            family.LLAMA.architectures, "trtllm", (replace(family.ENGINE, rules=swapped_table),)
+        ),
         r"transformer.layers.3.mlp.gate.weight: gate and up are swapped: it holds layers.3.mlp.gate.weight; ",
     ),
     "query and key swapped in the source's table": (

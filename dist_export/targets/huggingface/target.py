@@ -10,14 +10,17 @@ from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
+from dist_export.models.quantization import Quantization
 from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.layout import TargetLayout
+from dist_export.plan.quantize import LinearQuantizer
 from dist_export.plan.shard import ShardPlan, ShardPlanner
+from dist_export.targets.huggingface import quantization as quantized
+from dist_export.targets.huggingface.architecture import HuggingFaceModel
 from dist_export.targets.huggingface.config import build_config, generation_config, model_faults
 from dist_export.targets.huggingface.files import DEFAULT_FILE_BYTES, INDEX, build_index, name_files, split_files
 from dist_export.targets.huggingface.reference import GENERATION, Reference, read_json, tokenizer_files
-from dist_export.targets.huggingface.tables import TABLES
 from dist_export.tensors.dtypes import dtype_by_name
 
 NAME = "hf"
@@ -71,19 +74,27 @@ class SizedFiles:
 
 
 def plan_export(
-    family: Family, resolved: ResolvedConfig, catalog: SourceCatalog, options: HuggingFaceOptions, *, folder: str = "."
+    family: Family,
+    resolved: ResolvedConfig,
+    catalog: SourceCatalog,
+    options: HuggingFaceOptions,
+    *,
+    quantization: Quantization | None = None,
+    folder: str = ".",
 ) -> ExportPlan:
     """The export plan, from metadata alone. Raises `ExportError` for anything the target cannot express."""
     model = resolved.config
-    if NAME not in family.architectures:
-        raise ExportError(f"the family {family.name} has no Hugging Face architecture; export it with --target trtllm")
-    architecture = family.architectures[NAME]
+    architecture = _architecture(family)
     model_faults(architecture, model).raise_if_any()
     logical = LogicalModel(catalog, family.source_rules, model)
     layout = TargetLayout(1, 1, (model.num_layers,))
-    planner = ShardPlanner(TABLES[architecture], logical, layout, dtype_by_name(options.dtype))
+    quantizer = LinearQuantizer(quantization, quantized.DIALECT) if quantization is not None else None
+    planner = ShardPlanner(architecture.rules, logical, layout, dtype_by_name(options.dtype), quantizer)
     config = build_config(architecture, model, options.dtype)
     documents: dict[str, object] = {GENERATION: generation_config()}
+    if quantization is not None:
+        config["quantization_config"] = quantized.config_entry(quantization)
+        documents[quantized.QUANT_CONFIG] = quantized.quant_config(quantization)
     copies: dict[str, Path] = {}
     if options.reference is not None:
         reference = Reference.read(Path(options.reference))
@@ -98,9 +109,10 @@ def plan_export(
         target=NAME,
         folder=folder,
         family=family,
-        architecture=architecture,
+        architecture=architecture.name,
         resolved=resolved,
         planner=planner,
+        quantization=quantization,
         files=SizedFiles(planner, options.file_bytes),
         config=config,
         more_documents=documents,
@@ -109,3 +121,10 @@ def plan_export(
         facts={"layout": "Hugging Face folder", "next": "vllm serve {output}"},
         notes=resolved.notes,
     )
+
+
+def _architecture(family: Family) -> HuggingFaceModel:
+    for architecture in family.architectures.get(NAME, ()):
+        if isinstance(architecture, HuggingFaceModel):
+            return architecture
+    raise ExportError(f"the family {family.name} has no Hugging Face architecture; export it with --target trtllm")

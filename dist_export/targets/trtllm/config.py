@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from dist_export.errors import Faults
 from dist_export.models.config import ModelConfig
-from dist_export.models.megatron import any_bias
 from dist_export.plan.layout import TargetLayout
+from dist_export.targets.trtllm.architecture import EngineModel, Limit
 from dist_export.targets.trtllm.tables import EmbeddingSharding
 
 GPUS_PER_NODE = 8  # Mapping's own default; only used for topology hints
@@ -23,11 +23,11 @@ class ServingOptions:
 
 
 def build_config(
-    architecture: str, model: ModelConfig, layout: TargetLayout, options: ServingOptions
+    engine: EngineModel, model: ModelConfig, layout: TargetLayout, options: ServingOptions
 ) -> dict[str, object]:
     """The contents of config.json. Sizes are global; ranks take their share when they load."""
     return {
-        "architecture": architecture,
+        "architecture": engine.name,
         "dtype": options.dtype,
         "logits_dtype": "float32",
         **_sizes(model),
@@ -37,7 +37,7 @@ def build_config(
         "use_parallel_embedding": options.embedding.parallel,
         "embedding_sharding_dim": options.embedding.dim,
         "share_embedding_table": False,
-        **_FIELDS[architecture](model),
+        **engine.fields(model),
         "mapping": _mapping(layout),
         "quantization": NO_QUANTIZATION,
     }
@@ -50,15 +50,15 @@ def model_notes(model: ModelConfig) -> list[str]:
         notes.append("the model was trained with exact gelu; TensorRT-LLM computes every gelu as its tanh form")
     if model.window_size:
         notes.append(
-            f"attention is limited to a window of {model.window_size}: give it to the runtime "
+            f"attention is limited to a window of {model.window_size + 1} tokens: give it to the runtime "
             "(max_attention_window_size), the checkpoint cannot say it"
         )
     return notes
 
 
-def engine_faults(architecture: str, model: ModelConfig, layout: TargetLayout) -> Faults:
+def engine_faults(engine: EngineModel, model: ModelConfig, layout: TargetLayout) -> Faults:
     """Why a model, or a layout of it, cannot be served by an architecture. Empty when it can."""
-    faults = Faults(f"{architecture} of TensorRT-LLM cannot express this export ({layout})")
+    faults = Faults(f"{engine.name} of TensorRT-LLM cannot express this export ({layout})")
     heads, groups, tp = model.num_attention_heads, model.num_query_groups, layout.tp_size
     if heads % tp:
         faults.add(f"{heads} attention heads do not divide by tp {tp}")
@@ -68,7 +68,7 @@ def engine_faults(architecture: str, model: ModelConfig, layout: TargetLayout) -
         _check_experts(model, layout, faults)
     elif model.ffn_hidden_size % tp:
         faults.add(f"ffn size {model.ffn_hidden_size} does not divide by tp {tp}")
-    faults.extend(message for holds, message in _LIMITS[architecture] if not holds(model))
+    faults.extend(message for holds, message in engine.limits if not holds(model))
     return faults
 
 
@@ -104,63 +104,21 @@ def _sizes(model: ModelConfig) -> dict[str, object]:
     }
 
 
+LLAMA3_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def _positions(model: ModelConfig) -> dict[str, object]:
     """Position fields. The type is always written: rotary tables are built from this field alone."""
     scaling = None
     if model.rope_scaling is not None:
+        names = ("factor",) if model.rope_scaling.kind == "linear" else LLAMA3_NUMBERS
         scaling = asdict(model.rope_scaling)
-        scaling["type"] = scaling.pop("kind")
-        if scaling["type"] == "linear":  # the other numbers mean nothing there
-            scaling = {"type": "linear", "factor": model.rope_scaling.factor}
+        scaling = {"type": model.rope_scaling.kind, **{name: scaling[name] for name in names}}
     kind = "rope_gptj" if model.rotary_interleaved else "rope_gpt_neox"
     return {
         "position_embedding_type": kind if model.position_embedding == "rope" else "learned_absolute",
         "rotary_base": model.rotary_base,
         "rotary_scaling": scaling,
-    }
-
-
-def _gpt_fields(model: ModelConfig) -> dict[str, object]:
-    """GPTConfig: the activation keeps its gated name, which is what makes the MLP a gated one."""
-    return {
-        "gpt_variant": "gpt2",
-        "hidden_act": (GATED_ACTIVATIONS if model.gated else PLAIN_ACTIVATIONS)[model.activation],
-        "bias": any_bias(model),
-        "q_scaling": 1.0,
-        "embedding_scale": None,
-        "apply_query_key_layer_scaling": False,  # Megatron divides and multiplies back: no net effect
-        "rotary_pct": model.rotary_percent,
-        "inner_layernorm": False,
-        "norm_before_bmm1": False,
-        "moe": {"num_experts": 0, "top_k": 0, "normalization_mode": 1},
-    }
-
-
-def _llama_fields(model: ModelConfig) -> dict[str, object]:
-    """LLaMAConfig: a dense MLP is gated already, so the activation is the plain one inside it."""
-    return {
-        "hidden_act": PLAIN_ACTIVATIONS[model.activation],
-        "mlp_bias": model.linear_bias,
-        "attn_bias": any_bias(model),
-        "residual_mlp": False,
-        "disable_weight_only_quant_plugin": False,
-        "remove_duplicated_kv_heads": False,
-        "moe": {"num_experts": 0, "top_k": 0, "normalization_mode": None},
-    }
-
-
-def _mixtral_fields(model: ModelConfig) -> dict[str, object]:
-    """LLaMAConfig with experts: here the activation keeps its gated name, and the ffn size is one expert's.
-
-    Megatron's softmax over the chosen experts' logits is RENORMALIZE (1), a softmax over all is NONE (0)
-    (tensorrt_llm/layers/moe.py, ``MoeConfig.ExpertScaleNormalizationMode``).
-    """
-    mode = 0 if model.moe_router_pre_softmax else 1
-    return {
-        **_llama_fields(model),
-        "hidden_act": GATED_ACTIVATIONS[model.activation],
-        "intermediate_size": model.moe_ffn_hidden_size,
-        "moe": {"num_experts": model.num_experts, "top_k": model.moe_top_k, "normalization_mode": mode},
     }
 
 
@@ -175,37 +133,14 @@ PLAIN_ACTIVATIONS = {
 
 GATED_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}
 
-_FIELDS: Mapping[str, Callable[[ModelConfig], dict[str, object]]] = {
-    "GPTForCausalLM": _gpt_fields,
-    "LlamaForCausalLM": _llama_fields,
-    "MixtralForCausalLM": _mixtral_fields,
-}
-
-Limit = tuple[Callable[[ModelConfig], bool], str]
-
-_ANY_CLASS: tuple[Limit, ...] = (
+REPRESENTABLE: tuple[Limit, ...] = (
     (lambda m: m.position_embedding != "none", "a model without position embeddings is not representable"),
-    (lambda m: not m.qk_norm, "q/k norm is not supported for this architecture"),
     (lambda m: m.activation in PLAIN_ACTIVATIONS, "this activation does not exist there"),
+    (lambda m: m.rope_scaling is None or m.rope_scaling.kind != "yarn", "yarn rotary scaling is not supported there"),
 )
-_DENSE: Limit = (lambda m: m.num_experts == 0, "experts are not supported for this architecture")
-_LLAMA_BASE: tuple[Limit, ...] = (
-    (lambda m: m.normalization == "RMSNorm", "the class has RMSNorm only, the model has LayerNorm"),
-    (lambda m: m.gated, "the class has a gated MLP only"),
-    (lambda m: m.position_embedding == "rope", "the class has rotary positions only"),
-    (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not passed to its attention"),
-    (lambda m: not m.rotary_interleaved, "interleaved rotary embeddings are not passed to its attention"),
-)
-_LIMITS: Mapping[str, tuple[Limit, ...]] = {
-    "GPTForCausalLM": (
-        *_ANY_CLASS,
-        _DENSE,
-        (lambda m: m.normalization == "LayerNorm", "the class has LayerNorm only, the model has RMSNorm"),
-        (lambda m: not m.gated or m.activation in GATED_ACTIVATIONS, "only swiglu and geglu are gated there"),
-    ),
-    "LlamaForCausalLM": (*_ANY_CLASS, *_LLAMA_BASE, _DENSE),
-    "MixtralForCausalLM": (*_ANY_CLASS, *_LLAMA_BASE, (lambda m: m.num_experts > 0, "the class has experts")),
-}
+NO_QK_NORM: Limit = (lambda m: not m.qk_norm, "q/k norm is not supported for this architecture")
+ANY_CLASS: tuple[Limit, ...] = (*REPRESENTABLE, NO_QK_NORM)
+DENSE: Limit = (lambda m: m.num_experts == 0, "experts are not supported for this architecture")
 
 
 def _mapping(layout: TargetLayout) -> dict[str, object]:

@@ -64,42 +64,22 @@ NESTED_KEYS: Mapping[str, Mapping[str, Span]] = {
 }
 """Nested table -> key -> releases whose constructor takes it. A key not listed is forbidden everywhere."""
 
-_COMMON = (
+COMMON_KEYS = (
     *("architecture", "dtype", "logits_dtype", "vocab_size", "hidden_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_size", "intermediate_size", "hidden_act", "norm_epsilon"),
     *("position_embedding_type", "max_position_embeddings", "mapping", "quantization", "use_parallel_embedding"),
     *("embedding_sharding_dim", "qk_layernorm", "rotary_base", "rotary_scaling", "moe"),
 )
+"""Top-level keys of every model class."""
 
 
 @dataclass(frozen=True, slots=True)
-class EngineModel:
-    """A TensorRT-LLM model class: the releases that have it and its keys in config.json."""
+class Keys:
+    """The keys of a model class at the top level of config.json."""
 
-    releases: Span
     required: tuple[str, ...]
-    """Keys without which some release falls back to a default that may be wrong for the model."""
+    """Without one of these some release falls back to a default that may be wrong for the model."""
     permitted: tuple[str, ...] = ()
-
-
-ENGINE_MODELS: Mapping[str, EngineModel] = {
-    "GPTForCausalLM": EngineModel(
-        ALL,
-        (*_COMMON, "bias", "rotary_pct", "q_scaling", "apply_query_key_layer_scaling"),
-        ("gpt_variant", "embedding_scale", "inner_layernorm", "norm_before_bmm1", "share_embedding_table"),
-    ),
-    "LlamaForCausalLM": EngineModel(
-        ALL,
-        (*_COMMON, "mlp_bias", "attn_bias"),
-        ("residual_mlp", "disable_weight_only_quant_plugin", "remove_duplicated_kv_heads", "share_embedding_table"),
-    ),
-    "MixtralForCausalLM": EngineModel(
-        ALL,
-        (*_COMMON, "mlp_bias", "attn_bias"),
-        ("residual_mlp", "disable_weight_only_quant_plugin", "remove_duplicated_kv_heads", "share_embedding_table"),
-    ),
-}
-"""Architecture -> its row."""
 
 
 def parse_release(text: str) -> str:
@@ -111,14 +91,6 @@ def parse_release(text: str) -> str:
         f"--trtllm-version {text}: not a TensorRT-LLM release with an engine builder; known: {', '.join(RELEASES)}. "
         "Later releases load Hugging Face folders"
     )
-
-
-def releases_for(architecture: str, wanted: str | None) -> tuple[str, ...]:
-    """The releases an export must be valid in: the one wanted, or all that have the class."""
-    span = ENGINE_MODELS[architecture].releases
-    if wanted is not None and wanted not in span:
-        raise ExportError(f"{architecture} is in TensorRT-LLM {span}, not in {wanted}")
-    return (wanted,) if wanted else tuple(release for release in RELEASES if release in span)
 
 
 def split_layers(num_layers: int, pp_size: int, releases: Sequence[str]) -> tuple[int, ...]:
@@ -139,17 +111,21 @@ def split_layers(num_layers: int, pp_size: int, releases: Sequence[str]) -> tupl
     return tuple(base + (stage < extra) for stage in range(pp_size))
 
 
-def check_config(config: Mapping[str, object], releases: Sequence[str]) -> None:
+def check_config(config: Mapping[str, object], keys: Keys, releases: Sequence[str]) -> None:
     """Raise one `ExportError` when some release would refuse or misread a config.json."""
-    faults = Faults("config.json does not suit TensorRT-LLM " + " to ".join(dict.fromkeys((releases[0], releases[-1]))))
+    faults = Faults(f"config.json does not suit TensorRT-LLM {described(releases)}")
     for table, spans in NESTED_KEYS.items():
         nested = config.get(table)
         for key in nested if isinstance(nested, Mapping) else ():
             refusing = [release for release in releases if release not in spans.get(key, ())]
             if refusing:
                 faults.add(f"{table}.{key} is refused by {', '.join(refusing)}")
-    row = ENGINE_MODELS[str(config["architecture"])]
-    faults.extend(f"{key} is missing" for key in row.required if key not in config)
-    known = {*row.required, *row.permitted}
+    faults.extend(f"{key} is missing" for key in keys.required if key not in config)
+    known = {*keys.required, *keys.permitted}
     faults.extend(f"{key} is not a field of {config['architecture']}" for key in config if key not in known)
     faults.raise_if_any()
+
+
+def described(releases: Sequence[str]) -> str:
+    """``0.12 to 1.2``, or the one release."""
+    return " to ".join(dict.fromkeys((releases[0], releases[-1])))

@@ -7,15 +7,20 @@ from dataclasses import asdict, dataclass, field
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
+from dist_export.models.config import ModelConfig
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
+from dist_export.models.quantization import Quantization
 from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.layout import TargetLayout
+from dist_export.plan.quantize import LinearQuantizer
 from dist_export.plan.shard import ShardPlan, ShardPlanner
+from dist_export.targets.trtllm import quantization as quantized
+from dist_export.targets.trtllm.architecture import EngineModel, choose_engine
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
-from dist_export.targets.trtllm.releases import check_config, parse_release, releases_for, split_layers
-from dist_export.targets.trtllm.tables import TABLES, EmbeddingSharding
+from dist_export.targets.trtllm.releases import RELEASES, check_config, described, parse_release, split_layers
+from dist_export.targets.trtllm.tables import EmbeddingSharding
 from dist_export.tensors.dtypes import dtype_by_name
 
 NAME = "trtllm"
@@ -62,34 +67,64 @@ class RankFiles:
 
 
 def plan_export(
-    family: Family, resolved: ResolvedConfig, catalog: SourceCatalog, options: TrtllmOptions, *, folder: str = "."
+    family: Family,
+    resolved: ResolvedConfig,
+    catalog: SourceCatalog,
+    options: TrtllmOptions,
+    *,
+    quantization: Quantization | None = None,
+    folder: str = ".",
 ) -> ExportPlan:
     """The export plan, from metadata alone. Raises `ExportError` for anything the target cannot express."""
-    model, architecture = resolved.config, family.architectures[NAME]
-    releases = releases_for(architecture, parse_release(options.release) if options.release else None)
-    stages = split_layers(model.num_layers, options.pp_size, releases)
-    if options.moe_ep_size > 1 and not model.num_experts:
-        raise ExportError(f"moe ep {options.moe_ep_size}: the model has no experts")
-    layout = TargetLayout(options.tp_size, options.pp_size, stages, options.moe_ep_size)
-    engine_faults(architecture, model, layout).raise_if_any()
-    config = build_config(architecture, model, layout, ServingOptions(options.dtype, options.embedding))
-    check_config(config, releases)
+    model = resolved.config
+    wanted = parse_release(options.release) if options.release else None
+    engine = choose_engine(_engines(family), wanted)
+    layout = _layout(engine, model, options, wanted)
+    engine_faults(engine, model, layout).raise_if_any()
+    releases = engine.valid_releases(model, layout, options.dtype, wanted)
+    config = build_config(engine, model, layout, ServingOptions(options.dtype, options.embedding))
+    quantizer = None
+    if quantization is not None:
+        releases = quantized.valid_releases(quantization, releases)
+        config["quantization"] = quantized.quantization_table(quantization, model.num_layers)
+        quantizer = LinearQuantizer(quantization, quantized.DIALECT)
+        if quantization.overall in quantized.WEIGHT_ONLY:
+            quantized.weight_only_faults(quantization, layout.tp_size).raise_if_any()
+            quantizer = None
+    check_config(config, engine.keys, releases)
     logical = LogicalModel(catalog, family.source_rules, model)
-    planner = ShardPlanner(TABLES[architecture](options.embedding), logical, layout, dtype_by_name(options.dtype))
+    planner = ShardPlanner(engine.rules(options.embedding), logical, layout, dtype_by_name(options.dtype), quantizer)
     return ExportPlan(
         target=NAME,
         folder=folder,
         family=family,
-        architecture=architecture,
+        architecture=engine.name,
         resolved=resolved,
         planner=planner,
+        quantization=quantization,
         files=RankFiles(planner),
         config=config,
         options=asdict(options),
         facts={
             "layout": f"{layout}, layers per stage {', '.join(map(str, layout.layers_per_stage))}",
-            "valid in": f"TensorRT-LLM {' to '.join(dict.fromkeys((releases[0], releases[-1])))}",
+            "valid in": f"TensorRT-LLM {described(releases)}",
             "next": "trtllm-build --checkpoint_dir {output} --output_dir ENGINES",
         },
-        notes=(*resolved.notes, *model_notes(model)),
+        notes=(*resolved.notes, *model_notes(model), *engine.notes(model)),
     )
+
+
+def _engines(family: Family) -> tuple[EngineModel, ...]:
+    found = tuple(each for each in family.architectures.get(NAME, ()) if isinstance(each, EngineModel))
+    if not found:
+        raise ExportError(f"the family {family.name} has no engine model in TensorRT-LLM; export it with --target hf")
+    return found
+
+
+def _layout(engine: EngineModel, model: ModelConfig, options: TrtllmOptions, wanted: str | None) -> TargetLayout:
+    """The layout, with layers divided as all the releases in question divide them."""
+    candidates = (wanted,) if wanted else tuple(release for release in RELEASES if release in engine.releases)
+    stages = split_layers(model.num_layers, options.pp_size, candidates)
+    if options.moe_ep_size > 1 and not model.num_experts:
+        raise ExportError(f"moe ep {options.moe_ep_size}: the model has no experts")
+    return TargetLayout(options.tp_size, options.pp_size, stages, options.moe_ep_size)

@@ -1,0 +1,100 @@
+"""StarCoder-style models (GPTBigCode): LayerNorm, learned positions, multi-query attention, a plain gelu MLP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dist_export.families import gpt
+from dist_export.models.config import ModelConfig
+from dist_export.models.megatron import DENSE_GPT, untied
+from dist_export.models.rules import Family, Input, Scope, TargetRule
+from dist_export.targets.huggingface import config as hf
+from dist_export.targets.huggingface.architecture import HuggingFaceModel
+from dist_export.targets.huggingface.tables import LOGICAL, norm, tensor
+
+
+def unmet(config: ModelConfig) -> list[str]:
+    """Why a model is not StarCoder-style."""
+    wanted = (
+        (config.num_query_groups == 1 < config.num_attention_heads, f"it has {config.num_query_groups} query groups"),
+        (not config.zero_centered_norm, "norms are zero-centred"),
+        (config.activation in ("gelu", "gelu_tanh") and not config.gated, "the MLP is not a plain gelu one"),
+        (config.position_embedding == "learned_absolute", f"positions are {config.position_embedding}, not learned"),
+    )
+    return gpt.unmet(config) + [reason for holds, reason in wanted if not holds]
+
+
+def engine_fields(model: ModelConfig) -> dict[str, object]:
+    """GPTConfig; the variant is a hint for converters, and the activation keeps the name that they give it."""
+    fields = {**gpt.engine_fields(model), "gpt_variant": "starcoder"}
+    return fields | ({"hidden_act": "gelu_pytorch_tanh"} if model.activation == "gelu_tanh" else {})
+
+
+LAYER = "transformer.h.{layer}."
+
+
+def linear(target: str, *logical: str) -> tuple[TargetRule, ...]:
+    """A linear layer, whose bias is always there; several logical layers are joined."""
+    weights = tuple(Input(LOGICAL + name + ".weight") for name in logical)
+    biases = tuple(Input(LOGICAL + name + ".bias", zeros_for=LOGICAL + name + ".weight") for name in logical)
+    return TargetRule(LAYER + target + ".weight", weights), TargetRule(LAYER + target + ".bias", biases)
+
+
+TABLE = (
+    tensor("transformer.wte.weight", "embedding.weight", scope=Scope.FIRST),
+    tensor("transformer.wpe.weight", "position_embedding.weight", scope=Scope.FIRST),
+    *norm(LAYER + "ln_1", LOGICAL + "attention.norm", bias=True),
+    *linear("attn.c_attn", "attention.query", "attention.key", "attention.value"),
+    *linear("attn.c_proj", "attention.output"),
+    *norm(LAYER + "ln_2", LOGICAL + "mlp.norm", bias=True),
+    *linear("mlp.c_fc", "mlp.up"),
+    *linear("mlp.c_proj", "mlp.down"),
+    *norm("transformer.ln_f", "final_norm", scope=Scope.LAST, bias=True),
+    tensor("lm_head.weight", "head.weight", scope=Scope.LAST, when=untied),
+)
+"""GPT-2's names, but plain ``[out, in]`` weights: transformers/models/gpt_bigcode/modeling_gpt_bigcode.py."""
+
+
+def hf_fields(model: ModelConfig) -> dict[str, object]:
+    """GPTBigCodeConfig (transformers/models/gpt_bigcode/configuration_gpt_bigcode.py)."""
+    return {
+        "model_type": "gpt_bigcode",
+        "n_embd": model.hidden_size,
+        "n_head": model.num_attention_heads,
+        "n_inner": model.ffn_hidden_size,
+        "n_layer": model.num_layers,
+        "n_positions": model.max_position_embeddings,
+        "activation_function": hf.ACTIVATIONS[model.activation],
+        "layer_norm_epsilon": model.norm_epsilon,
+        "multi_query": True,
+        "num_key_value_heads": 1,
+        "scale_attn_weights": True,
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+HF_LIMITS = (
+    (lambda m: m.position_embedding == "learned_absolute", "it has learned positions only"),
+    (lambda m: m.normalization == "LayerNorm" and not m.zero_centered_norm, "its norms are plain LayerNorm"),
+    (lambda m: not m.gated, "its MLP is not gated"),
+    (lambda m: m.num_query_groups == 1, "it has one key/value head"),
+    (lambda m: m.head_size * m.num_attention_heads == m.hidden_size, "its head size is hidden size / heads"),
+    (lambda m: not m.qk_norm, "it has no q/k norm"),
+    (lambda m: m.window_size is None, "it has no attention window"),
+    hf.DENSE,
+)
+
+STARCODER = Family(
+    name="starcoder",
+    description="LayerNorm, learned positions, multi-query attention: StarCoder (GPTBigCode)",
+    unmet=unmet,
+    source_rules=DENSE_GPT,
+    architectures={
+        "trtllm": (replace(gpt.ENGINE, fields=engine_fields),),
+        "hf": (HuggingFaceModel(name="GPTBigCodeForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
+    },
+)

@@ -1,0 +1,159 @@
+"""How the linears of one model are quantised, and where their numbers lie. Decided from metadata alone.
+
+The unit is Megatron's module: a fused ``linear_qkv`` or ``linear_fc1`` has one quantiser, so query, key and value share
+their scales, and so do gate and up. Logical weights find their module through the source rule that made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer, quantizer_tensor
+from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
+from dist_export.errors import ExportError
+from dist_export.models.catalog import SourceCatalog, SourceTensor
+from dist_export.models.layout_ops import SPLIT_HALVES
+from dist_export.models.logical import Located, LogicalModel
+from dist_export.tensors.boxes import Shape
+from dist_export.tensors.views import View, concatenate
+
+CORE_ATTENTION = "decoder.layers.{layer}.self_attention.core_attention"
+
+
+def kv_module(layer: int, part: str) -> ModuleName:
+    """The entry of the scale table for a layer's ``key``s or ``value``s in the cache."""
+    return ModuleName(f"{CORE_ATTENTION}.{part}", layer)
+
+
+PER_TENSOR = {Scheme.FP8, Scheme.NVFP4, Scheme.NVFP4_AWQ, Scheme.W4A16_NVFP4, Scheme.W4A8_AWQ}
+"""Schemes whose weights have one scale for the whole module (W4A8: its second level)."""
+PER_ROW = {Scheme.FP8_PER_CHANNEL_PER_TOKEN, Scheme.INT8_SQ}
+PER_BLOCK = {Scheme.INT4_AWQ, Scheme.W4A8_AWQ}
+STATIC_INPUT = {Scheme.FP8, Scheme.INT8_SQ, Scheme.W4A8_AWQ, Scheme.NVFP4, Scheme.NVFP4_AWQ}
+"""Schemes in which activations have a scale of their own."""
+SUPPORTED = PER_TENSOR | PER_ROW | PER_BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizerTensors:
+    """The quantisers' tensors of a checkpoint and of a calibration file, by module."""
+
+    catalog: SourceCatalog
+    num_chunks: Callable[[str], int]
+    """Chunks that a stored tensor consists of: for row-parallel order, the training's tp size."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, tuple[Shape, str]], num_chunks: Callable[[str], int]) -> QuantizerTensors:
+        """Those among `tensors` (global name -> shape and dtype)."""
+        return cls(SourceCatalog({n: each for n, each in tensors.items() if quantizer_tensor(n)}), num_chunks)
+
+    def find(
+        self, module: ModuleName, quantizer: Quantizer, quantity: Quantity, number: int | None = None
+    ) -> SourceTensor | None:
+        """A module's tensor, None where there is none."""
+        place = "" if number is None else f".{number}"
+        pattern = f"{module.pattern}.{quantizer.value}{place}.{quantity.value}"
+        return self.catalog.find(pattern, layer=module.layer, expert=module.expert)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantization:
+    """Everything an export must know to quantise, but the numbers themselves."""
+
+    schemes: Mapping[ModuleName, LinearScheme]
+    """Every quantised module; others keep their element type."""
+    logical: LogicalModel
+    tensors: QuantizerTensors
+    origin: str
+    """Who decided: ``ModelOpt 0.47.0 (max)``, ``--quantization fp8``."""
+    input_scales: Mapping[ModuleName, float] = field(default_factory=dict)
+    """Dequantisation scales (amax / 448) of activations that TransformerEngine's state gives."""
+    kv_cache: KvScheme = KvScheme.NONE
+    kv_cache_scale: float | None = None
+    """Of every layer, as the user gave it; None: the checkpoint's."""
+
+    @property
+    def overall(self) -> Scheme:
+        """The scheme of the model, `Scheme.MIXED` where modules differ."""
+        kinds = {each.scheme for each in self.schemes.values()}
+        return Scheme.NONE if not kinds else kinds.pop() if len(kinds) == 1 else Scheme.MIXED
+
+    def module_of(self, logical: str, *, layer: int, expert: int) -> ModuleName | None:
+        """The module that holds a logical weight; None where the checkpoint has no such weight, or it is of no module."""
+        located = self.logical.locate(logical, layer=layer, expert=expert)
+        return None if located is None else module_of(located, layer=layer, expert=expert)
+
+    def scheme(self, module: ModuleName | None) -> LinearScheme | None:
+        """How a module is quantised; None where it is not."""
+        return None if module is None else self.schemes.get(module)
+
+    def amax(self, logical: str, module: ModuleName, *, level: int | None = None) -> tuple[View, str] | None:
+        """The stored amax of a logical weight, ``[rows, 1]`` or ``[rows, blocks]`` in the order of its rows, and its
+        element type. None where the checkpoint stores none. `level`: of quantisers that follow each other.
+
+        Raises `ExportError` for shapes that do not belong to the weight.
+        """
+        found = self.tensors.find(module, Quantizer.WEIGHT, Quantity.AMAX, level)
+        located = self.logical.locate(logical, layer=module.layer, expert=module.expert)
+        if found is None or located is None:
+            return None
+        return self._rows_of(found, located), found.dtype
+
+    def pre_quant_scale(self, module: ModuleName) -> SourceTensor | None:
+        """``[in]``: what activations are multiplied by; None where the checkpoint has none."""
+        return self.tensors.find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
+
+    def _rows_of(self, amax: SourceTensor, located: Located) -> View:
+        view, config = View.of(amax.slab, amax.shape), self.logical.config
+        rule, source = located.rule, located.source
+        if rule.source.endswith((".linear_fc1.weight", ".linear_fc1.weight_w", ".linear_fc1.weight_v")) and config.gated:
+            view = _in_gate_up_order(view, self.tensors.num_chunks(amax.slab.name))
+            if not rule.source.endswith(".weight"):
+                part = SPLIT_HALVES.split(view, config)[rule.source.endswith("_v")]
+                return _checked(part, source, amax)
+        return _checked(rule.op.split(view, config)[located.part], None, amax)
+
+    def kv_amax(self, layer: int) -> tuple[SourceTensor | None, SourceTensor | None]:
+        """Amax of a layer's keys and of its values; None where the checkpoint has none."""
+        module = ModuleName(CORE_ATTENTION, layer)
+        key, value = (self.tensors.find(module, each, Quantity.AMAX) for each in (Quantizer.KEY, Quantizer.VALUE))
+        return key, value
+
+    def modules(self) -> Iterator[ModuleName]:
+        """The quantised modules in a fixed order."""
+        yield from sorted(self.schemes, key=lambda each: (each.layer, each.pattern, each.expert))
+
+
+WEIGHT_NAMES = ("weight", "weight_w", "weight_v")
+"""Of a linear: whole, or the two halves of a gated one."""
+
+
+def module_of(located: Located, *, layer: int, expert: int) -> ModuleName | None:
+    """The module whose weight a rule takes: its name without ``.weight``. None for norms and biases inside modules."""
+    pattern, _, last = located.rule.source.rpartition(".")
+    if last not in WEIGHT_NAMES:
+        return None
+    return ModuleName(pattern, layer if "{layer}" in pattern else -1, expert if "{expert}" in pattern else -1)
+
+
+def _in_gate_up_order(view: View, num_ranks: int) -> View:
+    """Rows of a gated fc1's amax in the order gate, up.
+
+    ModelOpt saves them in the order in which training ranks held them (rank 0's gate, its up, rank 1's gate, …), since
+    the factory that reorders the weight does not know the amax (modelopt/torch/quantization/plugins/megatron.py).
+    """
+    rows = view.shape[0]
+    if num_ranks == 1:
+        return view
+    if rows % (2 * num_ranks):
+        raise ExportError(f"amax of a gated fc1 has {rows} rows in {num_ranks} chunks, which cannot be halved")
+    half = rows // 2 // num_ranks
+    order = [(rank * 2 + part) * half for part in (0, 1) for rank in range(num_ranks)]
+    return concatenate([view.narrow(0, start, half) for start in order], 0)
+
+
+def _checked(view: View, weight: SourceTensor | None, amax: SourceTensor) -> View:
+    if weight is not None and view.shape[0] != weight.shape[0]:
+        raise ExportError(f"{amax.slab}: {view.shape[0]} rows for the {weight.shape[0]} of {weight.slab}")
+    return view

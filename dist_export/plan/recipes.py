@@ -1,0 +1,153 @@
+"""What becomes of a planned tensor beyond copying and casting: codes of quantised weights, and their scales.
+
+A recipe is a frozen value in the plan; `dist_export.convert.encode` carries it out. Scalars come from the run's scale
+table by the names of Megatron's modules; scales of rows and blocks are too many for a table and are read beside the
+weights that they belong to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from dist_export.checkpoint.quantizer_names import ModuleName
+from dist_export.tensors.boxes import Shape
+from dist_export.tensors.dtypes import DType
+from dist_export.tensors.views import View
+
+Groups = tuple[tuple[ModuleName, ...], ...]
+"""Modules by the entry of a scale tensor that they share; an entry is the largest of its modules' values."""
+
+
+class Codes(Enum):
+    """A form of quantised elements: (name, weight elements per stored row, per stored column)."""
+
+    E4M3 = ("FP8 E4M3", 1, 1)
+    INT8 = ("INT8", 1, 1)
+    INT4 = ("INT4, two rows per byte, even row low", 2, 1)
+    E2M1 = ("FP4 E2M1, two columns per byte, even column low", 1, 2)
+    E2M1_SCALES = ("E4M3 scales of FP4 blocks of 16 columns", 1, 16)
+
+    @property
+    def rows(self) -> int:
+        """Weight rows per stored row."""
+        return int(self.value[1])
+
+    @property
+    def columns(self) -> int:
+        """Weight columns per stored column."""
+        return int(self.value[2])
+
+
+@dataclass(frozen=True, slots=True)
+class TableScales:
+    """Weight scales of whole modules: amax / divisor in float32."""
+
+    groups: Groups
+    """One per slice along the leading dim of a stacked weight, or a single one."""
+    divisor: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredScales:
+    """Scales of rows or blocks of columns: the stored amax / divisor in float32."""
+
+    view: View
+    """``[..., rows, 1]`` or ``[..., rows, blocks]`` of a quantiser's tensor, placed like the weight."""
+    dtype: DType
+    divisor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Codes of a weight."""
+
+    codes: Codes
+    scales: TableScales | StoredScales
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """The shape of what is written for weights of `shape`."""
+        return (*shape[:-2], shape[-2] // self.codes.rows, shape[-1] // self.codes.columns)
+
+    def faults(self, shape: Shape) -> list[str]:
+        """Why weights of `shape` have no such codes."""
+        blocks = 1
+        if isinstance(self.scales, StoredScales):
+            blocks = self.scales.view.shape[-1]
+        faults = []
+        if shape[-2] % self.codes.rows:
+            faults.append(f"{shape[-2]} rows cannot be stored two in a byte")
+        if shape[-1] % max(self.codes.columns, blocks):
+            faults.append(f"{shape[-1]} columns do not divide into blocks")
+        return faults
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """Scales out of the table, one per group."""
+
+    groups: Groups
+    divisor: float
+    shape: Shape
+    of_inputs: bool = False
+    """Scales of the modules' activations, not of their weights."""
+    at_least: float = 0.0
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Its own."""
+        return self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Values that are known already."""
+
+    values: tuple[float, ...]
+    shape: Shape
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Its own."""
+        return self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A quantiser's tensor in the order of the weight that it belongs to, divided in float32 when a divisor is given."""
+
+    view: View
+    dtype: DType
+    divisor: float | None
+    squeezed: bool = False
+    """Without its last dim, which has size 1."""
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """The view's."""
+        return self.view.shape[:-1] if self.squeezed else self.view.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A norm's weight or bias that takes over the factor of the activations behind it: (w [+ 1]) x factor [- 1].
+
+    The product is rounded once, to the element type of the export.
+    """
+
+    factor: View
+    factor_dtype: DType
+    zero_centered: bool = False
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """That of the norm."""
+        return shape
+
+
+Recipe = Encoded | Scalars | Constant | Stored | Folded
+
+FOLLOWS_WEIGHT = (Encoded,)
+"""Recipes carried out on tiles of the weight as they are read; the others make small tensors of their own."""
+
+
+def num_elements(shape: Shape) -> int:
+    """Of a tensor."""
+    return math.prod(shape)

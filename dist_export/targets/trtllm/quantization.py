@@ -1,0 +1,130 @@
+"""Quantised linears as TensorRT-LLM's loader wants them on disk, and the ``quantization`` table of config.json.
+
+Sources: tensorrt_llm/quantization/layers.py (parameters of FP8Linear, SmoothQuantLinear, WeightOnlyGroupwiseQuantLinear,
+FP4Linear), tensorrt_llm/models/modeling_utils.py (``QuantConfig``, ``preprocess_weights``), and what ModelOpt writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dist_export.checkpoint.quantizer_names import ModuleName
+from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
+from dist_export.errors import ExportError, Faults
+from dist_export.models.quantization import CORE_ATTENTION, Quantization, kv_module
+from dist_export.plan.quantize import FP4, FP8_MAX, INT8_MAX, Dialect, Role
+from dist_export.plan.recipes import Constant, Recipe, Scalars
+from dist_export.plan.shard import PlannedTensor, Resolved
+from dist_export.targets.trtllm.releases import RELEASES
+from dist_export.tensors.boxes import Shape
+from dist_export.tensors.dtypes import FLOAT32, INT8
+from dist_export.tensors.views import View
+
+_WEIGHT, _INPUT = "weights_scaling_factor", "activation_scaling_factor"
+_SECOND, _FACTOR = "weights_scaling_factor_2", "prequant_scaling_factor"
+NAMES = {
+    Scheme.FP8: {Role.WEIGHT_SCALE: _WEIGHT, Role.INPUT_SCALE: _INPUT},
+    Scheme.FP8_PER_CHANNEL_PER_TOKEN: {Role.ROW_SCALE: "per_channel_scale"},
+    Scheme.INT8_SQ: {Role.ROW_SCALE: _WEIGHT, Role.INPUT_SCALE: _INPUT, Role.PRE_QUANT_SCALE: _FACTOR},
+    Scheme.INT4_AWQ: {Role.WEIGHT_SCALE: _WEIGHT, Role.PRE_QUANT_SCALE: _FACTOR},
+    Scheme.W4A8_AWQ: {
+        Role.WEIGHT_SCALE: _WEIGHT,
+        Role.WEIGHT_SCALE_2: _SECOND,
+        Role.INPUT_SCALE: _INPUT,
+        Role.PRE_QUANT_SCALE: _FACTOR,
+    },
+    Scheme.NVFP4: {Role.WEIGHT_SCALE: _WEIGHT, Role.WEIGHT_SCALE_2: _SECOND, Role.INPUT_SCALE: _INPUT},
+}
+
+
+def _scalar_shape(scheme: Scheme) -> Shape:
+    """ModelOpt's: its FP4 scalars have no dim, which the loader turns into one (tensorrt_llm/parameter.py)."""
+    return () if scheme in FP4 else (1,)
+
+
+def _expert_scalars(scheme: Scheme, num_experts: int) -> Shape:
+    return (num_experts,) if scheme in FP4 else (num_experts, 1)
+
+
+def kv_cache_tensors(planned: PlannedTensor, resolved: Resolved, quantization: Quantization) -> Iterator[PlannedTensor]:
+    """Scales of a layer's KV cache, beside its fused qkv. Releases differ in which of the three they read.
+
+    FP8 scales are at least 1, as ModelOpt has them: the cache then holds values up to 448 as they are.
+    """
+    head, fused, _ = planned.name.rpartition("qkv.weight")
+    if quantization.kv_cache is KvScheme.NONE or not fused:
+        return
+    fp8 = quantization.kv_cache is KvScheme.FP8
+    key, value = kv_module(resolved.layer, "key"), kv_module(resolved.layer, "value")
+    names = {"k_cache_scaling_factor": (key,), "v_cache_scaling_factor": (value,), "kv_cache_scaling_factor": (key, value)}
+    for name, modules in names.items():
+        recipe: Recipe
+        if quantization.kv_cache_scale is not None:
+            recipe = Constant((quantization.kv_cache_scale,), (1,))
+        else:
+            divisor = FP8_MAX if fp8 else INT8_MAX
+            recipe = Scalars((modules,), divisor, (1,), of_inputs=True, at_least=1.0 if fp8 else 0.0)
+        yield PlannedTensor(head + name, FLOAT32, View.zeros((1,)), FLOAT32, (), recipe=recipe)
+
+
+DIALECT = Dialect(
+    names=NAMES,
+    scalar_shape=_scalar_shape,
+    expert_scalars=_expert_scalars,
+    int4_dtype=INT8,
+    more=kv_cache_tensors,
+)
+
+WEIGHT_ONLY = (Scheme.INT8_WO, Scheme.INT4_WO)
+"""Written as plain weights: the loader quantises them for the GPU that it finds."""
+
+
+def quantization_table(quantization: Quantization, num_layers: int) -> dict[str, object]:
+    """``quantization`` in config.json. `exclude_modules` replaces the loader's own list, so it is complete."""
+    scheme = quantization.overall
+    if scheme is Scheme.MIXED:
+        raise ExportError("linears are quantised in different ways, which this target cannot write yet; see --exclude")
+    kv_cache = None if quantization.kv_cache is KvScheme.NONE else quantization.kv_cache.value
+    table: dict[str, object] = {
+        "quant_algo": None if scheme is Scheme.NONE else scheme.value,
+        "kv_cache_quant_algo": kv_cache,
+    }
+    if scheme in FP4:
+        table["group_size"] = 16
+    if scheme in (Scheme.INT4_AWQ, Scheme.W4A8_AWQ):
+        size = {each.group_size for each in quantization.schemes.values()}
+        table |= {"group_size": size.pop() or 128, "has_zero_point": False, "pre_quant_scale": True}
+    if scheme is not Scheme.NONE:
+        config = quantization.logical.config
+        routers = range(num_layers) if config.num_experts else ()
+        table["exclude_modules"] = ["lm_head", *(f"transformer.layers.{layer}.mlp.router" for layer in routers)]
+    return table
+
+
+FIRST_RELEASE = {Scheme.NVFP4: "0.17"}
+"""Schemes that not every release has (tensorrt_llm/quantization/mode.py, ``QuantAlgo``)."""
+
+
+def valid_releases(quantization: Quantization, releases: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `releases` that know the scheme; `ExportError` when none does."""
+    first = FIRST_RELEASE.get(quantization.overall)
+    valid = tuple(each for each in releases if first is None or RELEASES.index(each) >= RELEASES.index(first))
+    if not valid:
+        raise ExportError(f"{quantization.overall.value} is in TensorRT-LLM from {first} on, not in {releases[-1]}")
+    return valid
+
+
+def weight_only_faults(quantization: Quantization, tp_size: int) -> Faults:
+    """Linears whose sizes the loader's weight-only kernels do not take: multiples of 64 x tp on both sides."""
+    faults = Faults(f"{quantization.overall.value} weights at tp {tp_size}")
+    multiple = 64 * tp_size
+    for module in quantization.modules():
+        weight = quantization.logical.catalog.find(f"{module.pattern}.weight", layer=module.layer, expert=module.expert)
+        if weight is not None and any(size % multiple for size in weight.shape):
+            faults.add(f"{weight.slab} {list(weight.shape)}: its sizes are no multiples of 64 x tp = {multiple}")
+    return faults
+
+
+def kv_module_names(num_layers: int) -> list[ModuleName]:
+    """Every layer's attention, for messages."""
+    return [ModuleName(CORE_ATTENTION, layer) for layer in range(num_layers)]
