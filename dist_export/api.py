@@ -11,6 +11,7 @@ from dist_export.checkpoint.adapters import is_adapter
 from dist_export.checkpoint.calibration import with_calibration
 from dist_export.checkpoint.open import Checkpoint, open_checkpoint
 from dist_export.checkpoint.quantizer_names import quantizer_tensor
+from dist_export.families.mapping import CodeMapping, ModelMapping
 from dist_export.families.registry import choose_family
 from dist_export.models.adapters import updates_of
 from dist_export.models.catalog import SourceCatalog
@@ -48,6 +49,8 @@ class Source:
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     calibration: Path | None = None
     """A safetensors file with the amax values of quantisers."""
+    mapping: ModelMapping | CodeMapping | None = None
+    """The user's own rules, in place of a family's."""
     """Take the fp32 weights out of the optimizer's state."""
 
 
@@ -60,6 +63,7 @@ class OpenedModel:
     resolved: ResolvedConfig
     quantizers: QuantizerTensors
     options: QuantizationOptions
+    mapping: ModelMapping | CodeMapping | None = None
     _states: list[States] = field(default_factory=list)
 
     def quantization(self, family: Family) -> Quantization | None:
@@ -96,12 +100,13 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
     )
     if checkpoint.adapters is not None:
         catalog.updates = updates_of(checkpoint.index, checkpoint.adapters, catalog, resolved.config)
-    return OpenedModel(checkpoint, catalog, resolved, quantizers, source.quantization)
+    return OpenedModel(checkpoint, catalog, resolved, quantizers, source.quantization, source.mapping)
 
 
 def plan(model: OpenedModel, options: TargetOptions, *, family: str | None = None, folder: str = ".") -> ExportPlan:
     """The plan of an export to one target. Pure; raises `ExportError` for what cannot be exported, and why."""
-    chosen = choose_family(model.resolved.config, family)
+    config = model.resolved.config
+    chosen = choose_family(config, family) if model.mapping is None else model.mapping.family(config)
     more: dict[str, Any] = {"quantization": model.quantization(chosen), "folder": folder}
     if isinstance(options, HuggingFaceOptions):
         return huggingface_target.plan_export(chosen, model.resolved, model.catalog, options, **more)

@@ -42,6 +42,8 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the export; of several targets each is verified")
     parser.add_argument("--base", type=Path, metavar="DIR", help="where the base model of adapters is now; "
                         "default: where it was when they were merged")  # fmt: skip
+    parser.add_argument("--allow-mapping-code", action="store_true",
+                        help="run the Python file that the export was made with")  # fmt: skip
     parser.add_argument("--levels", nargs="+", choices=("checksums", "coverage", "rebuild"),
                         help="default: all; rebuild compares every byte with the checkpoint")  # fmt: skip
     parser.add_argument("--logits", action="store_true", help="also run tokens through both models (needs torch, "
@@ -95,6 +97,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--kv-cache", default="auto", choices=("auto", "none", "fp8", "int8"), help="its quantisation")
     source.add_argument("--kv-cache-scale", type=float, metavar="X", help="of every layer, where none was calibrated")
     source.add_argument("--family", metavar="NAME", help="model family, where it is not to be found out")
+    source.add_argument("--mapping", type=Path, metavar="FILE", help="YAML with rules for a model of your own")
+    source.add_argument("--allow-mapping-code", action="store_true", help="let --mapping be a Python file, and run it")
     source.add_argument("--vocab-size", type=positive, metavar="N", help="the tokenizer's true vocabulary size")
     source.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with model configuration fields")
     source.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="one field; repeatable")
@@ -126,6 +130,7 @@ def source_of(options: argparse.Namespace) -> Source:
     """The source a command line names."""
     from dist_export.api import Source
     from dist_export.models.resolve import overrides_from_file, parse_override
+    from dist_export.families.mapping import mapping_from
     from dist_export.quantization import QuantizationOptions
 
     overrides = overrides_from_file(options.config) if options.config else {}
@@ -157,6 +162,7 @@ def source_of(options: argparse.Namespace) -> Source:
             kv_cache_scale=options.kv_cache_scale,
         ),
         calibration=options.calibration,
+        mapping=mapping_from(options.mapping, code_allowed=options.allow_mapping_code) if options.mapping else None,
     )
 
 
@@ -211,6 +217,9 @@ def request_of(options: argparse.Namespace) -> dict[str, object]:
         request["master_weights"] = True
     if source.calibration is not None:
         request["calibration"] = str(source.calibration.absolute())
+    if source.mapping is not None:
+        plain_mapping = getattr(source.mapping, "content", None)
+        request["mapping"] = plain_mapping if plain_mapping is not None else str(options.mapping.absolute())
     if source.quantization != type(source.quantization)():
         request["quantization"] = asdict(source.quantization)
     return request

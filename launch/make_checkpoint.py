@@ -66,6 +66,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     for name, (default, text) in sizes.items():
         note = "" if default is None else f" (default: {default})"
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + note)
+    group.add_argument("--qkv-bias", action="store_true", help="give query, key and value biases, also without others")
+    group.add_argument("--qk-norm", action="store_true", help="give queries and keys norms")
     group.add_argument("--norm-epsilon", type=float, default=1e-5, metavar="X", help="norm epsilon (default: 1e-05)")
     group.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the weights")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)")

@@ -92,7 +92,7 @@ def _substitute_attention() -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     for name in ("TELinear", "TEColumnParallelLinear", "Linear"):
-        if getattr(multi_latent_attention, name, None) is None:
+        if not isinstance(getattr(multi_latent_attention, name, None), type):
             setattr(multi_latent_attention, name, type(name, (), {}))
     build = DotProductAttention.__init__
     if not hasattr(build, "__wrapped__"):
@@ -101,7 +101,7 @@ def _substitute_attention() -> None:
         def without_sizes(*args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
             build(*args, **kwargs)
 
-        DotProductAttention.__init__ = without_sizes  # type: ignore[method-assign]
+        DotProductAttention.__init__ = without_sizes
 
 
 def num_ranks(options: argparse.Namespace) -> int:
@@ -154,6 +154,8 @@ def transformer_config(options: argparse.Namespace, style: Style) -> Any:
             style.activation
         ],
         add_bias_linear=style.bias,
+        add_qkv_bias=options.qkv_bias,
+        qk_layernorm=options.qk_norm or bool(options.kv_lora_rank),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -191,7 +193,6 @@ def _latent_fields(options: argparse.Namespace) -> dict[str, Any]:
         "qk_pos_emb_head_dim": options.rope_head_size,
         "v_head_dim": options.head_size,
         "rope_type": "rope",
-        "qk_layernorm": True,
     }
 
 

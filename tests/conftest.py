@@ -38,3 +38,12 @@ def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = small_model(LLAMA, num_layers=2, padded_vocab_size=3072, dtype=torch.float32, **sizes)
     folder = tmp_path_factory.mktemp("long") / "iter_0000010"
     return write_torch_dist(folder, model.tensors, args=model.args)
+
+
+@pytest.fixture(scope="session")
+def quantized_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Scheme -> a real model that ModelOpt quantised, as a --save folder. Never changed."""
+    pytest.importorskip("torch")
+    from support.quantized import unpack
+
+    return unpack(tmp_path_factory.mktemp("quantized"))

@@ -1,4 +1,4 @@
-"""Llama-style models: RMSNorm, rotary positions, a gated SiLU MLP. Llama 2 and 3.x, Mistral and their kin."""
+"""Llama-style models: RMSNorm, rotary positions, a gated SiLU MLP. Llama 2 and 3.x and their kin."""
 
 from __future__ import annotations
 
@@ -106,16 +106,17 @@ def hf_fields(model: ModelConfig) -> dict[str, object]:
     }
 
 
-HF_LIMITS = (
-    *hf.ROPE,
+HF_LAYER_LIMITS = (
     (lambda m: m.normalization == "RMSNorm", "it has RMSNorm only"),
     (lambda m: m.gated, "it has a gated MLP only"),
     (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not expressible"),
 )
 
+HF_LIMITS = (*hf.ROPE, *HF_LAYER_LIMITS)
+
 LLAMA = Family(
     name="llama",
-    description="RMSNorm, rope, SwiGLU: Llama 2/3.x, Mistral",
+    description="RMSNorm, rope, SwiGLU: Llama 2/3.x",
     unmet=unmet,
     source_rules=DENSE_GPT,
     architectures={

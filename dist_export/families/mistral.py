@@ -35,9 +35,7 @@ def hf_fields(model: ModelConfig) -> dict[str, object]:
 HF_LIMITS = (
     *hf.ROPE_IN_A_WINDOW,
     hf.DENSE,
-    (lambda m: m.normalization == "RMSNorm", "it has RMSNorm only"),
-    (lambda m: m.gated, "it has a gated MLP only"),
-    (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not expressible"),
+    *llama.HF_LAYER_LIMITS,
     (lambda m: m.rope_scaling is None, "rotary scaling is not expressible"),
     (lambda m: not m.linear_bias and not m.qkv_bias, "it has no biases"),
 )
@@ -50,9 +48,7 @@ MISTRAL = Family(
     source_rules=DENSE_GPT,
     architectures={
         "trtllm": (llama.ENGINE,),
-        "hf": (
-            HuggingFaceModel(name="MistralForCausalLM", rules=llama.TABLE, fields=hf_fields, limits=HF_LIMITS),
-        ),
+        "hf": (HuggingFaceModel(name="MistralForCausalLM", rules=llama.TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
 )
 """TensorRT-LLM serves it with the Llama class; the window is the runtime's business there."""

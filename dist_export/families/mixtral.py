@@ -7,6 +7,7 @@ from dist_export.models.config import ModelConfig
 from dist_export.models.megatron import MOE_GPT, linear_bias
 from dist_export.models.rules import Family, Input, Scope, TargetRule
 from dist_export.models.shard_ops import COLUMN, ROW
+from dist_export.targets.huggingface import config as hf
 from dist_export.targets.huggingface import tables as hf_tables
 from dist_export.targets.huggingface.architecture import HuggingFaceModel
 from dist_export.targets.huggingface.tables import LAYER as HF_LAYER
@@ -59,8 +60,8 @@ ENGINE_EXPERTS = (
     TargetRule(LAYER + "mlp.fc.weight", (Input(_EXPERT + "up.weight", COLUMN), Input(_EXPERT + "gate.weight", COLUMN))),
     TargetRule(LAYER + "mlp.proj.weight", (Input(_EXPERT + "down.weight", ROW),)),
 )
-"""The experts of a rank, stacked (tensorrt_llm/layers/moe.py). Within one the linear half (w3) comes before the activated
-one (w1), the inverse of Megatron's order. The router is float32 and whole on every rank."""
+"""The experts of a rank, stacked (tensorrt_llm/layers/moe.py). Within one the linear half (w3) comes before the
+activated one (w1), the inverse of Megatron's order. The router is float32 and whole on every rank."""
 
 
 def engine_rules(embedding: EmbeddingSharding) -> tuple[TargetRule, ...]:
@@ -123,7 +124,8 @@ def hf_fields(model: ModelConfig) -> dict[str, object]:
 
 
 HF_LIMITS = (
-    *llama.HF_LIMITS,
+    *hf.ROPE_IN_A_WINDOW,
+    *llama.HF_LAYER_LIMITS,
     (lambda m: m.num_experts > 0, "it has experts"),
     (lambda m: not m.moe_router_pre_softmax, "its router takes the softmax over the chosen experts"),
     (lambda m: m.rope_scaling is None, "rotary scaling is not expressible"),

@@ -38,7 +38,7 @@ def engine_rules(embedding: EmbeddingSharding) -> tuple[TargetRule, ...]:
 
 
 def engine_fields(model: ModelConfig) -> dict[str, object]:
-    """QWenConfig. ``qwen_type`` implies the norms; the general switch stays off, as the class's own converter has it."""
+    """QWenConfig. ``qwen_type`` implies the norms; the general switch stays off, as in the class's own conversions."""
     return {**qwen2.engine_fields(model), "qwen_type": "qwen3", "qk_layernorm": False}
 
 

@@ -30,9 +30,11 @@ SOME_WINDOWS = Feature(
     lambda m: m.window_layers is not None and not all(m.window_layers), "has an attention window in some layers only"
 )
 PARALLEL_ATTENTION = Feature(lambda m: m.parallel_attention, "computes attention and MLP side by side")
+BLOCKS = Feature(lambda m: m.blocks is not None, "has layers that differ from one another in kind or size")
 
 FEATURES = (
-    *(LATENT_ATTENTION, MTP, EMBEDDING_SCALING, POST_NORMS, QUERY_SCALAR, CAPPED_SCORES, CAPPED_LOGITS),
+    *(LATENT_ATTENTION, MTP, BLOCKS),
+    *(EMBEDDING_SCALING, POST_NORMS, QUERY_SCALAR, CAPPED_SCORES, CAPPED_LOGITS),
     *(SOME_WINDOWS, PARALLEL_ATTENTION),
 )
 

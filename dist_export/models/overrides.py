@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 
 from dist_export.errors import ExportError, Faults
+from dist_export.models.blocks import Block, Blocks
 from dist_export.models.config import CHOICES, ModelConfig, RopeScaling
 
 COMMAND_LINE = "command line"
@@ -229,6 +230,23 @@ def _coerce_rope_scaling(field: str, value: object) -> RopeScaling:
     return RopeScaling(kind=value["kind"], **values)
 
 
+def _parse_blocks(field: str, text: str) -> Blocks:
+    try:
+        return _coerce_blocks(field, json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ExportError(f"{field}: not valid JSON: {error}") from None
+
+
+def _coerce_blocks(field: str, value: object) -> Blocks:
+    """A list of mappings with the fields of `Block`."""
+    if isinstance(value, Blocks):
+        return value
+    names = {item.name for item in dataclasses.fields(Block)}
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) and set(entry) == names for entry in value):
+        raise _wrong(field, value, f"a list with {', '.join(sorted(names))} of every layer")
+    return Blocks(tuple(Block(**entry) for entry in value))
+
+
 _PARSERS: dict[object, Callable[[str, str], object]] = {
     int: _parse_int,
     float: _parse_float,
@@ -236,6 +254,7 @@ _PARSERS: dict[object, Callable[[str, str], object]] = {
     str: _parse_str,
     tuple: _parse_integers,
     RopeScaling: _parse_rope_scaling,
+    Blocks: _parse_blocks,
 }
 _COERCERS: dict[object, Callable[[str, object], object]] = {
     int: _coerce_int,
@@ -244,4 +263,5 @@ _COERCERS: dict[object, Callable[[str, object], object]] = {
     str: _coerce_str,
     tuple: _coerce_integers,
     RopeScaling: _coerce_rope_scaling,
+    Blocks: _coerce_blocks,
 }

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_export.errors import ExportError, Faults
-from dist_export.models import attention, latent_attention, megatron_arguments
+from dist_export.models import attention, heterogeneous, latent_attention, megatron_arguments
 from dist_export.models.activation_arguments import (
     activation_claims,
     activation_notes,
@@ -159,6 +159,10 @@ def _argument_claims(reader: Arguments, given: Mapping[str, Claim], proven: Mapp
     claims |= megatron_arguments.glu_interleave_claims(reader_for("moe_glu_interleave_size"))
     if latent_attention.is_latent(reader):  # these two mean nothing there
         claims = {field: claim for field, claim in claims.items() if field not in ("head_size", "num_query_groups")}
+    claims["blocks"] = heterogeneous.block_list_claim(
+        reader_for("blocks"), heads=number("num_attention_heads"), hidden=number("hidden_size")
+    )
+    claims |= heterogeneous.first_sizes(given.get("blocks") or claims["blocks"])
     moe_ffn = moe_ffn_claim(reader_for("moe_ffn_hidden_size"), known("ffn_hidden_size"))
     return claims if moe_ffn is None else claims | {"moe_ffn_hidden_size": moe_ffn}
 

@@ -21,7 +21,8 @@ from dist_export.verify.run import VerifyOptions, find_exports, source_from_mani
 def verify_command(options: argparse.Namespace) -> int:
     """Verify what a command line names; the exit code says whether all of it is right."""
     chosen = VerifyOptions(
-        levels=tuple(options.levels or LEVELS), sha256=options.sha256, num_threads=options.num_threads
+        levels=tuple(options.levels or LEVELS), sha256=options.sha256, num_threads=options.num_threads,
+        code_allowed=options.allow_mapping_code,
     )
     for path in filter(None, (options.checkpoint, options.base)):
         if is_tar(path):
@@ -46,7 +47,9 @@ def _verify(options: argparse.Namespace, folder: Path, chosen: VerifyOptions) ->
 def _verify_logits(options: argparse.Namespace, folder: Path) -> int:
     from dist_export.verify.logits import read_tokens, verify_logits
 
-    source = source_from_manifest(options.checkpoint, read_manifest(folder), base=options.base)
+    source = source_from_manifest(options.checkpoint, read_manifest(folder), base=options.base, code_allowed=options.allow_mapping_code)
+    if source.mapping is not None:
+        raise ExportError("--logits: not for exports made with --mapping; the reference knows only the families")
     if source.base is not None or source.master_weights:
         raise ExportError("--logits: not for merged adapters (--base) and optimizer weights (--master-weights)")
     report = verify_logits(

@@ -14,6 +14,7 @@ from dist_export.api import OpenedModel, Source, TargetOptions, open_model, plan
 from dist_export.checkpoint.open import TRACKER
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
+from dist_export.families.mapping import CodeMapping, ModelMapping, mapping_from
 from dist_export.models.overrides import coerce_override
 from dist_export.plan.export import ExportPlan
 from dist_export.quantization import QuantizationOptions
@@ -41,6 +42,8 @@ class VerifyOptions:
     num_threads: int = 2
     device: str = "cpu"
     """Torch device for much arithmetic."""
+    code_allowed: bool = False
+    """Whether an export that was made with a program for a mapping may run it again."""
 
     def __post_init__(self) -> None:
         unknown = [level for level in self.levels if level not in LEVELS]
@@ -63,7 +66,9 @@ def find_exports(output: Path) -> list[Path]:
     return found
 
 
-def source_from_manifest(checkpoint: Path, manifest: Mapping[str, Any], *, base: Path | None = None) -> Source:
+def source_from_manifest(
+    checkpoint: Path, manifest: Mapping[str, Any], *, base: Path | None = None, code_allowed: bool = False
+) -> Source:
     """The source as it was named for the export, at `checkpoint`: same iteration, overrides and family.
 
     The iteration is the recorded one even where training has saved later ones since. `base` is where the base model of
@@ -86,8 +91,15 @@ def source_from_manifest(checkpoint: Path, manifest: Mapping[str, Any], *, base:
         base=_base(request.get("base"), base),
         master_weights=request.get("master_weights") is True,
         quantization=QuantizationOptions.from_plain(request.get("quantization") or {}),
+        mapping=_mapping(request.get("mapping"), code_allowed=code_allowed),
         calibration=Path(request["calibration"]) if request.get("calibration") else None,
     )
+
+
+def _mapping(recorded: object, *, code_allowed: bool) -> ModelMapping | CodeMapping | None:
+    if isinstance(recorded, dict):
+        return ModelMapping(recorded, MANIFEST)
+    return mapping_from(Path(recorded), code_allowed=code_allowed) if isinstance(recorded, str) else None
 
 
 def _base(recorded: object, given: Path | None) -> Path | None:
@@ -132,7 +144,7 @@ def verify_export(
     it cannot be verified at all: no manifest, a checkpoint that cannot be read.
     """
     manifest = read_manifest(output)
-    model = open_model(source_from_manifest(checkpoint, manifest, base=base))
+    model = open_model(source_from_manifest(checkpoint, manifest, base=base, code_allowed=options.code_allowed))
     made = plan_from_manifest(model, manifest)
     verification = Verification(model, made, manifest, output, options or VerifyOptions(), group or Group.single())
     return verification.run()

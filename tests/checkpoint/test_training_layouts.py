@@ -56,6 +56,8 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
 SOURCES: dict[str, dict[str, Any]] = {
     "dense first": {"moe_layers": "0111", "shared_expert_ffn": 32, "shared_expert_gate": True},
     "mtp": {"mtp_layers": 1},
+    "mla": {"kv_lora_rank": 12, "q_lora_rank": 16, "rope_head_size": 4},
+    "norms and biases of q, k, v": {"qk_norm": True, "qkv_bias": True},
 }
 SOURCE_LAYOUT = {"tp": 2, "pp": 2, "ep": 2, "etp": 1}
 EXPORTS = (("--target", "trtllm", "--target", "hf"), ("--tp", "2"), ("--tp", "2", "--moe-ep", "2"))

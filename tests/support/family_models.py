@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "launch"), str(Path(__file__).parents[2])]
@@ -22,6 +23,7 @@ import megatron_on_cpu  # noqa: E402  first of all, because it hides the GPUs
 
 import portable_weights  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 VOCAB = 122
 """True vocabulary size: not a multiple of 4, so that tables need padding rows at tp 4."""
@@ -35,12 +37,17 @@ class Family:
     config: dict[str, Any]
     model: dict[str, Any]
     zero_centered: bool = False
-    args: dict[str, Any] = field(default_factory=dict)
-    """Megatron-LM's arguments; names are those of TransformerConfig unless they are here."""
+    beyond: dict[str, Any] = field(default_factory=dict)
+    """Fields of `ModelConfig` for what Megatron-Core alone does not have."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """What the configuration of a trainer other than Megatron-LM says of it."""
     vocab: int = VOCAB
 
 
 _GPT_BIASES = {"add_bias_linear": True, "normalization": "LayerNorm", "layernorm_epsilon": 1e-5}
+_GEMMA = {"normalization": "RMSNorm", "layernorm_epsilon": 1e-6, "add_bias_linear": False, "kv_channels": 8}
+_GEMMA |= {"gated_linear_unit": True, "gelu": "tanh"}
+_FALCON = {"normalization": "LayerNorm", "layernorm_epsilon": 1e-5, "add_bias_linear": False, "kv_channels": 4}
 
 FAMILIES = {
     "starcoder2": Family(
@@ -50,6 +57,41 @@ FAMILIES = {
     "starcoder": Family(
         {**_GPT_BIASES, "num_query_groups": 1, "kv_channels": 4, "gelu": "tanh"},
         {"position_embedding_type": "learned_absolute", "rotary_base": 10000, "tied": True},
+    ),
+    "gemma": Family(
+        {**_GEMMA, "num_query_groups": 1},
+        {"position_embedding_type": "rope", "rotary_base": 10000, "tied": True},
+        zero_centered=True,
+        vocab=124,
+        trainer={"_target_": "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider"},
+    ),
+    "gemma2": Family(
+        {**_GEMMA, "num_query_groups": 4},
+        {"position_embedding_type": "rope", "rotary_base": 10000, "tied": True},
+        zero_centered=True,
+        vocab=124,
+        beyond={"post_norms": True},
+        trainer={
+            "_target_": "megatron.bridge.models.gemma.gemma2_provider.Gemma2ModelProvider",
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "window_size": [7, 0],
+        },
+    ),
+    "falcon_7b": Family(
+        {**_FALCON, "num_query_groups": 1},
+        {"position_embedding_type": "rope", "rotary_base": 10000, "tied": True},
+        beyond={"parallel_attention": True, "separate_mlp_norm": False},
+        trainer={"parallel_attention": True, "new_decoder_architecture": False},
+        vocab=128,
+    ),
+    "falcon_40b": Family(
+        {**_FALCON, "num_query_groups": 2},
+        {"position_embedding_type": "rope", "rotary_base": 10000, "tied": True},
+        beyond={"parallel_attention": True},
+        trainer={"parallel_attention": True, "new_decoder_architecture": True},
+        vocab=128,
     ),
 }
 
@@ -62,13 +104,17 @@ def padded_vocab(family: Family, tp: int) -> int:
 def build(family: Family, *, tp: int, dtype: torch.dtype) -> Any:
     """This rank's GPTModel with unset weights."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
+    from dist_export.verify.megatron_modules import layer_spec
+
+    plain = {"qk_norm": False, "post_norms": False, "parallel_attention": False, "separate_mlp_norm": True}
+    described = SimpleNamespace(**{**plain, **family.beyond, "normalization": family.config["normalization"]})
     fields = {name: value for name, value in family.config.items() if name not in ("gelu", "window_size")}
     config = TransformerConfig(
         **SIZES,
         **fields,
+        activation_func=torch.nn.functional.gelu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -86,7 +132,7 @@ def build(family: Family, *, tp: int, dtype: torch.dtype) -> Any:
     )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=config.normalization),
+        transformer_layer_spec=layer_spec(described),  # type: ignore[arg-type]
         vocab_size=padded_vocab(family, tp),
         max_sequence_length=32,
         share_embeddings_and_output_weights=family.model["tied"],
@@ -129,22 +175,82 @@ def training_arguments(family: Family, tp: int) -> argparse.Namespace:
         pipeline_model_parallel_size=1,
         params_dtype=torch.bfloat16,
         bf16=True,
-        **family.args,
     )
 
 
+def bridge_config(family: Family, tp: int) -> dict[str, Any]:
+    """``model`` of Megatron-Bridge's run_config.yaml (models/gemma/gemma_provider.py, gemma2_provider.py)."""
+    fields = {name: value for name, value in family.config.items() if name != "gelu"}
+    return {
+        **SIZES,
+        **fields,
+        "activation_func": {"_target_": "megatron.core.activations.fast_gelu", "_call_": False},
+        "layernorm_zero_centered_gamma": family.zero_centered,
+        "add_qkv_bias": False,
+        "bias_activation_fusion": False,
+        "position_embedding_type": family.model["position_embedding_type"],
+        "rotary_base": family.model["rotary_base"],
+        "rotary_percent": 1.0,
+        "seq_length": 32,
+        "share_embeddings_and_output_weights": family.model["tied"],
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": 1,
+        "make_vocab_size_divisible_by": 16,
+        "should_pad_vocab": True,
+        "vocab_size": family.vocab,
+        "num_moe_experts": None,
+        "rope_scaling": False,
+        **family.trainer,
+    }
+
+
+def nemo_config(family: Family, tp: int) -> dict[str, Any]:
+    """model_config.yaml of NeMo 1's Falcon (examples/nlp/language_modeling/conf/megatron_falcon_config.yaml)."""
+    names = ("layernorm_epsilon", "num_query_groups", "kv_channels")
+    return {
+        "mcore_gpt": True,
+        "name": "megatron_falcon_gpt",
+        "encoder_seq_length": 32,
+        "max_position_embeddings": "${.encoder_seq_length}",
+        **SIZES,
+        **{name: family.config[name] for name in names},
+        "normalization": "layernorm",
+        "activation": "gelu",
+        "bias": False,
+        "bias_activation_fusion": False,
+        "position_embedding_type": "rope",
+        "rotary_percentage": 1.0,
+        "share_embeddings_and_output_weights": family.model["tied"],
+        "transformer_block_type": "pre_ln",
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": 1,
+        "tokenizer": {"library": "huggingface", "type": "tiiuae/falcon-7b"},
+        "precision": "bf16",
+        "mcore_customization_config": family.trainer,
+    }
+
+
 def save(model: Any, name: str, out: Path, tp: int) -> None:
-    """Write the folder. Called by every rank."""
+    """Write the folder as the family's trainer does. Called by every rank."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    folder = out / "iter_0000010"
+    family, nemo = FAMILIES[name], name.startswith("falcon")
+    folder = out / ("model_weights" if nemo else "iter_0000010")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = {"args": training_arguments(FAMILIES[name], tp), "checkpoint_version": 3.0, "iteration": 10}
-    state["model"] = model.sharded_state_dict(metadata=metadata)
+    weights = model.sharded_state_dict(prefix="model." if nemo else "", metadata=metadata)
+    state: dict[str, Any] = weights if nemo else {"model": weights, "checkpoint_version": 3.0, "iteration": 10}
+    if not family.trainer:
+        state["args"] = training_arguments(family, tp)
     dist_checkpointing.save(state, str(folder))
-    if torch.distributed.get_rank() == 0:
-        (out / "latest_checkpointed_iteration.txt").write_text("10")
+    if torch.distributed.get_rank():
+        return
+    if nemo:
+        (out / "model_config.yaml").write_text(yaml.safe_dump(nemo_config(family, tp)))
+        return
+    (out / "latest_checkpointed_iteration.txt").write_text("10")
+    if family.trainer:
+        (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": bridge_config(family, tp)}))
 
 
 def run_rank(rank: int, name: str, out: Path, tp: int, rendezvous: str) -> None:

@@ -89,6 +89,40 @@ MODELS = {
     ),
 }
 
+_BLOCKS = [
+    {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 12.0}},
+    {"attention": {"n_heads_in_group": None, "no_op": True}, "ffn": {"ffn_mult": 24.0}},
+    {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": None, "no_op": True}},
+    {"attention": {"n_heads_in_group": None, "replace_with_linear": True}, "ffn": {"replace_with_linear": True}},
+]
+for _block in _BLOCKS:
+    for _part in _block.values():
+        _part |= {name: bool(_part.get(name)) for name in ("no_op", "replace_with_linear")}
+    _block["ffn"].setdefault("ffn_mult", None)
+MODELS["decilm"] = Model(
+    {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 4,
+        "layernorm_epsilon": 1e-5,
+        "heterogeneous_layers_config_encoded_json": json.dumps({"block_configs": _BLOCKS}),
+    },
+    gpt={"rope_scaling": True, "rope_scaling_factor": 8.0, "rotary_base": 500000},
+    args={
+        "group_query_attention": True,
+        "num_query_groups": 4,
+        "use_rope_scaling": True,
+        "rope_scaling_factor": 8.0,
+        "rotary_base": 500000,
+        "position_embedding_type": "rope",
+        "heterogeneous_layers_config_path": "/training/blocks.json",
+    },
+    kind="heterogeneous",
+)
+
 
 def options_of(arguments: argparse.Namespace) -> argparse.Namespace:
     """What megatron_on_cpu wants to know of the layout."""
@@ -121,6 +155,7 @@ def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
     from megatron.core import parallel_state, transformer
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 
     fields = {
         "normalization": "RMSNorm",
@@ -131,7 +166,11 @@ def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
         "moe_router_load_balancing_type": "none",
         **model.config,
     }
-    config = getattr(transformer, model.kind)(
+    if model.kind == "heterogeneous":
+        from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig as Config
+    else:
+        Config = getattr(transformer, model.kind)  # noqa: N806  a class
+    config = Config(
         **fields,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -150,7 +189,10 @@ def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
-    spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
+    if model.kind == "heterogeneous":
+        spec = get_gpt_heterogeneous_layer_spec(config, False)
+    else:
+        spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
     mtp = get_gpt_mtp_block_spec(config, spec, False) if config.mtp_num_layers else None
     gpt = GPTModel(
         config=config,

@@ -31,6 +31,11 @@ class ReleaseLimit:
     message: str
 
 
+def no_notes(model: ModelConfig) -> list[str]:
+    """The class computes the model as it was trained."""
+    return []
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineModel:
     """A model class as its releases' tensorrt_llm/models/<class>/{model,config}.py have it."""
