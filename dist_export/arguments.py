@@ -72,6 +72,8 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
                      help="write to this folder of each node's own disk first, then gather")  # fmt: skip
     run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
+    run.add_argument("--profile", type=Path, metavar="DIR",
+                     help="where time went: a summary, and every rank's timeline (Chrome trace) here")  # fmt: skip
     run.add_argument("--sha256", action="store_true", help="SHA-256 of every file in the manifest, for evidence")
     run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
     run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
@@ -129,8 +131,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
 def source_of(options: argparse.Namespace) -> Source:
     """The source a command line names."""
     from dist_export.api import Source
-    from dist_export.models.resolve import overrides_from_file, parse_override
     from dist_export.families.mapping import mapping_from
+    from dist_export.models.resolve import overrides_from_file, parse_override
     from dist_export.quantization import QuantizationOptions
 
     overrides = overrides_from_file(options.config) if options.config else {}

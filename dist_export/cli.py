@@ -44,6 +44,8 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     add_source_arguments(plan)
     add_target_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    families = commands.add_parser("families", help="the model families, and what each can be exported to")
+    families.add_argument("--markdown", action="store_true", help="as the table of the README")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
     add_verify_arguments(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
     return parser
@@ -52,7 +54,7 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
     options = build_parser().parse_args(arguments)
-    commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify}
+    commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "families": _families}
     try:
         return commands[options.command](options)
     except ExportError as error:
@@ -84,6 +86,13 @@ def _verify(options: argparse.Namespace) -> int:
     from dist_export.verify.command import verify_command
 
     return verify_command(options)
+
+
+def _families(options: argparse.Namespace) -> int:
+    from dist_export.families import support
+
+    print(support.markdown() if options.markdown else support.text())
+    return exit_codes.OK
 
 
 def _export(options: argparse.Namespace) -> int:

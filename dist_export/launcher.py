@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dist_export import report
 from dist_export.arguments import add_export_arguments, make_job, request_of
@@ -33,7 +34,19 @@ def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOp
         local_staging=options.local_staging.absolute() if options.local_staging else None,
         sha256=options.sha256,
         device=options.device,
+        profile=_profile_folder(options.profile),
     )
+
+
+def _profile_folder(path: Path | None) -> Path | None:
+    """Make the folder for timelines; any rank may be the first."""
+    if path is None:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"--profile {path}: {error.strerror}") from error
+    return path.absolute()
 
 
 def export_locally(options: argparse.Namespace) -> int:

@@ -33,6 +33,8 @@ class RankReport:
     peak_memory: int = 0
     memory_at_start: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, float] = field(default_factory=dict)
+    """Kind of work -> seconds of all threads together, where a profile was asked for."""
     sha256: dict[str, str] = field(default_factory=dict)
     """File number -> SHA-256, where asked for."""
     runs: dict[str, list[list[int]]] = field(default_factory=dict)

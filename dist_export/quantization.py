@@ -16,7 +16,14 @@ from dist_export.checkpoint.te_states import Activation, TeScales, te_scales_of
 from dist_export.errors import ExportError, Faults
 from dist_export.models.config import ModelConfig
 from dist_export.models.logical import LogicalModel
-from dist_export.models.quantization import STATIC_INPUT, SUPPORTED, WEIGHT_NAMES, Quantization, QuantizerTensors
+from dist_export.models.quantization import (
+    STATIC_INPUT,
+    SUPPORTED,
+    WEIGHT_NAMES,
+    Quantization,
+    QuantizerTensors,
+    is_linear,
+)
 
 AUTO, NONE = "auto", "none"
 ASKED: Mapping[str, Scheme] = {
@@ -111,11 +118,7 @@ def linear_modules(logical: LogicalModel) -> Iterator[ModuleName]:
 
 def _is_linear(source: str) -> bool:
     module, _, last = source.rpartition(".")
-    return (
-        source.startswith("decoder.layers.{layer}.")
-        and module.rpartition(".")[2].startswith("linear_")
-        and last in WEIGHT_NAMES
-    )
+    return is_linear(module) and last in WEIGHT_NAMES
 
 
 def _excluded(name: ModuleName, patterns: tuple[str, ...]) -> bool:

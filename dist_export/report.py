@@ -198,9 +198,25 @@ def closing_text(job: ExportJob, output: Path, reports: Sequence[RankReport]) ->
         table(rows),
         f"  {format_bytes(written)} in {seconds:.2f} s, {format_rate(written / max(seconds, 1e-9))}",
     ]
+    lines += _profile_lines(reports)
     lines += _notes(dict.fromkeys(note for plan in job.plans for note in plan.notes))
     folders = ((plan, output / plan.folder if plan.folder != "." else output) for plan in job.plans)
     return "\n".join(lines + [f"next: {plan.facts['next'].format(output=folder)}" for plan, folder in folders])
+
+
+def _profile_lines(reports: Sequence[RankReport]) -> list[str]:
+    """Where the time went: seconds by kind of work, one column per process, all its threads together."""
+    kinds = dict.fromkeys(kind for report in reports for kind in report.profile)
+    if not kinds:
+        return []
+    head: tuple[object, ...] = ("seconds of work", *(f"rank {report.rank}" for report in reports[:MOST_COLUMNS]))
+    rows = [
+        (kind, *(f"{report.profile.get(kind, 0.0):.3f}" for report in reports[:MOST_COLUMNS])) for kind in kinds
+    ]
+    return [table([head, *rows])]
+
+
+MOST_COLUMNS = 8
 
 
 def _notes(notes: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ from dist_export.convert.execute import Budget, Converter, Executor, TensorEncod
 from dist_export.convert.journal import Done, read_fingerprint, remove_journals, write_fingerprint
 from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.outputs import OutputFile
+from dist_export.convert.profile import Profile
 from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
@@ -63,6 +64,8 @@ class RunOptions:
     """Put SHA-256 of every tensor file into the manifest: reads each file back."""
     device: str = "auto"
     """For value operations: ``auto`` (a GPU where there is one), ``cpu`` or a torch device."""
+    profile: Path | None = None
+    """An existing folder for a timeline of every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class ExportSession:
     """Of the checkpoint's files, on rank 0 before the work began."""
     staging: publication.Staging | None = None
     """On rank 0, from the moment it has the lease."""
+    profile: Profile = field(init=False)
     already_done: bool = False
     """After `run`: it found that the output is a published export of the same job."""
     _table: ScaleTable | None = None
@@ -117,6 +121,7 @@ class ExportSession:
     """Names the nodes' folders of an earlier run whose work is not used. On rank 0."""
 
     def __post_init__(self) -> None:
+        self.profile = Profile(enabled=self.options.profile is not None)
         self.report = RankReport(self.group.rank, memory_at_start=Usage.now().memory)
 
     def run(self) -> list[RankReport]:
@@ -149,7 +154,10 @@ class ExportSession:
             if self._local is not None and not keep:
                 remove_local_folder(self._local)
             raise
-        group.barrier("published")
+        with self.profile.span("wait"):
+            group.barrier("published")
+        if self.options.profile is not None:
+            self.profile.write(self.options.profile / f"rank{group.rank}.json", rank=group.rank)
         if self._local is not None:
             remove_local_folder(self._local)
         return collected.reports
@@ -259,15 +267,17 @@ class ExportSession:
         staging = publication.staging_folder(self.options.output)
         local = self._make_local_folder(agreement)
         files = StagedFiles(self.job, self.group, placement, staging, local, agreement.attempt)
-        items, fills = self._work(placement)
+        with self.profile.span("plan"):
+            items, fills = self._work(placement)
         self._find_scales()
         files.create(resumed=agreement.resumed)
         done = files.share_found() if agreement.resumed else {}
-        self.group.barrier("files created")
+        with self.profile.span("wait"):
+            self.group.barrier("files created")
         needed = {use.output.file for item in items for use in item.uses} | {fill.output.file for fill in fills}
         try:
             executor = self._executor(files.open(needed), items, fills)
-            executor.done, executor.journal = Done(done), files.journal
+            executor.done, executor.journal, executor.profile = Done(done), files.journal, self.profile
             files.hand_over(executor.ledger)
             with closing(executor.sources), self._phase("transfer"):
                 executor.run(items, fills)
@@ -331,7 +341,9 @@ class ExportSession:
         from dist_export.convert.encode import Encoder
         from dist_export.convert.torch_arithmetic import default_device
 
-        device = default_device(self.group.world.local_rank) if self.options.device == "auto" else self.options.device
+        device = self.options.device
+        if device == "auto":
+            device = default_device(self.group.world.local_rank)
         assert self._table is not None, "the scale phase comes first"
         return Encoder(self._table, ViewReader(sources, self.checkpoint.index.shapes(), self.job.catalog.updates), device)
 
@@ -364,6 +376,7 @@ class ExportSession:
         self.report.bytes_read_by_calls = now.read_calls - started.read_calls
         self.report.bytes_read_from_disk = now.disk_reads - started.disk_reads
         self.report.peak_memory = now.peak_memory
+        self.report.profile = dict(self.profile.sums())
         self.report.set_runs(executor.ledger.runs())
 
     def _finish(self, collected: CollectedReports) -> None:
@@ -394,7 +407,10 @@ class ExportSession:
         self.group.enter_phase(name)
         begun = time.monotonic()
         yield
-        self.report.seconds[name] = time.monotonic() - begun
+        ended = time.monotonic()
+        self.report.seconds[name] = ended - begun
+        if self.profile.enabled:
+            self.profile.add(name, begun, ended)
 
 
 def is_resumable(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from dist_export.checkpoint.legacy_names import (
     second_linear,
     split_of,
 )
+from dist_export.checkpoint.legacy_quantizers import ReadShard, joined_quantizer, shard_reader, weight_of
 from dist_export.checkpoint.legacy_shards import Blocks, Joined, Shard, halves, joined_along, reordered_qkv
 from dist_export.checkpoint.rank_states import read_rank_states, read_saved_keys
 from dist_export.errors import ExportError, Faults
@@ -85,7 +86,8 @@ def index_of_ranks(folder: Path, ranks: Sequence[RankFile], states: Sequence[Ran
     for state in states:
         for reason, (number, num_bytes) in state.unused.counts.items():
             builder.ignore(reason, num_bytes=num_bytes, num_tensors=number)
-    _Assembly(builder, layout_of(folder, ranks, states), states).run()
+    paths = [folder / name for name in dict.fromkeys(rank.name for rank in ranks)]
+    _Assembly(builder, layout_of(folder, ranks, states), states, shard_reader(paths)).run()
     return builder
 
 
@@ -120,8 +122,10 @@ class _Stage:
 class _Assembly:
     """Joins the ranks' shards and adds them to the table."""
 
-    def __init__(self, builder: IndexBuilder, layout: Layout, states: Sequence[RankState]) -> None:
-        self._builder, self._layout, self._states = builder, layout, states
+    def __init__(
+        self, builder: IndexBuilder, layout: Layout, states: Sequence[RankState], read: ReadShard
+    ) -> None:
+        self._builder, self._layout, self._states, self._read = builder, layout, states, read
         self._arguments = states[0].arguments
         self._faults = Faults(f"{builder.folder}: shards of the ranks do not make whole tensors")
         self._chunks = [[self._named(state, chunk) for chunk in state.chunks] for state in states]
@@ -284,6 +288,8 @@ class _Assembly:
         if any(kind != kinds[0] for kind in kinds):
             listed = "; ".join(f"{dtype} {list(shape)}" for (shape, dtype), *_ in kinds)
             raise ExportError(f"{where}: tp ranks have different shards: {listed}")
+        if weight_of(local) is not None:
+            return joined_quantizer(local, [rank[0] for rank in ranks], beside, self._read, where=where)
         (shape, _), *_ = kinds[0]
         if split is not None and len(shape) < split.num_dims:
             raise ExportError(f"{where}: has shape {list(shape)}, expected {split.num_dims} dims or more")

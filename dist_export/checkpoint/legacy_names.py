@@ -47,7 +47,13 @@ _SPLITS: tuple[tuple[re.Pattern[str], Split], ...] = tuple(
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"^(?P<moe>.*\.mlp)\.experts\.(?P<rest>.*)$")
 _GLOBAL_EXPERT = re.compile(r"^(?P<head>.*\.experts\.experts\.)(?P<expert>\d+)\.")
-_SEQUENTIAL = re.compile(r"local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)")
+_QUANTIZER = r"(?:\w+_)?quantizer(?:\.\d+)?\.\w+"
+_SEQUENTIAL = re.compile(
+    rf"local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.(?P<kind>weight|bias|{_QUANTIZER})"
+)
+_TE_QUANTIZER = re.compile(
+    r"(?P<linear>linear_fc[12])\.(?P<quantizer>(?:\w+_)?quantizer)(?:\.(?P<expert>\d+))?(?P<buffer>(?:\.\d+)?\.\w+)"
+)
 _TE_GROUPED = re.compile(r"(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)(?P<expert>\d*)")
 _GROUPED = {"weight1": "linear_fc1", "weight2": "linear_fc2"}
 
@@ -99,14 +105,18 @@ def expert_tensors(name: str, shard: Shard, num_experts: int, *, where: str) -> 
         parts = _grouped(shard, num_experts, is_first=rest == "weight1", where=f"{where}: {name}")
         yield from ((f"{head}{expert}.{linear}.weight", part) for expert, part in enumerate(parts))
         return
-    found = _SEQUENTIAL.fullmatch(rest) or _TE_GROUPED.fullmatch(rest)
+    quantizer = _TE_QUANTIZER.fullmatch(rest)
+    found = quantizer or _SEQUENTIAL.fullmatch(rest) or _TE_GROUPED.fullmatch(rest)
     if found is None:
         raise ExportError(f"{where}: {name} is no tensor of a known expert module")
-    tail = f".{found['linear']}.{found['kind']}"
+    kind = f"{quantizer['quantizer']}{quantizer['buffer']}" if quantizer else found["kind"]
+    tail = f".{found['linear']}.{kind}"
     if found["expert"]:
         if int(found["expert"]) >= num_experts:
             raise ExportError(f"{where}: {name} is there, but the rank has {num_experts} experts")
         yield f"{head}{int(found['expert'])}{tail}", shard
+    elif quantizer:  # of all experts of the rank
+        yield from ((f"{head}{expert}{tail}", shard) for expert in range(num_experts))
     elif shard.shape[:1] == (num_experts,):
         yield from ((f"{head}{expert}{tail}", shard.select(expert)) for expert in range(num_experts))
     else:

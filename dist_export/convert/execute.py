@@ -20,6 +20,7 @@ from dist_export.convert.journal import Done, Journal
 from dist_export.convert.ledger import Ledger
 from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.outputs import WritableFile
+from dist_export.convert.profile import NO_PROFILE
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.tiles import Tile, TileRead, cut
 from dist_export.plan.recipes import Stored
@@ -118,6 +119,7 @@ class Executor:
         self.ledger = Ledger()
         self.converter: Converter | None = None
         self.encoder: TensorEncoder | None = None
+        self.profile = NO_PROFILE
         self.done = Done({})
         """What an earlier run has written."""
         self.journal: Journal | None = None
@@ -157,8 +159,12 @@ class Executor:
                 return
             if self.done and not self._is_missing(tile):
                 continue
-            parts = self._read(tile, read_buffer)
-            merged = self.merger.merge(tile, parts) if tile.item.update else 0
+            with self.profile.span("read"):
+                parts = self._read(tile, read_buffer)
+            merged = 0
+            if tile.item.update:
+                with self.profile.span("merge"):
+                    merged = self.merger.merge(tile, parts)
             written = sum(self._write_use(tile, use, parts, block_buffer) for use in tile.uses)
             num_rows = tile.rows[1] - tile.rows[0]
             read = sum(r.num_bytes(num_rows, tile.item.dtype.itemsize) for r in tile.reads)
@@ -224,10 +230,11 @@ class Executor:
         planned = use.output.planned
         if planned.transposed:
             block = np.ascontiguousarray(block.T)
-        if planned.recipe is not None:
-            data = self._codes(use, (first - top + use.row, end - top + use.row), block)
-        else:
-            data = self._target_bytes(planned, block, buffer)
+        with self.profile.span("copy" if planned.moves_only else "compute"):
+            if planned.recipe is not None:
+                data = self._codes(use, (first - top + use.row, end - top + use.row), block)
+            else:
+                data = self._target_bytes(planned, block, buffer)
         size = planned.dtype.itemsize
         for offset, length, start in _place(tile, use).runs(_width(use)):
             self._write(use.output, offset * size, data[start * size : (start + length) * size])
@@ -253,8 +260,10 @@ class Executor:
         """Write the bytes at `offset` of a tensor, but for those that an earlier run has written."""
         for first, length in self.done.missing(output.key, offset, data.nbytes):
             part = data[first - offset : first - offset + length]
-            self.outputs[output.file].write_at(output.offset + first, part)
-            run = self.ledger.note(output.key, first, part)
+            with self.profile.span("write"):
+                self.outputs[output.file].write_at(output.offset + first, part)
+            with self.profile.span("checksum"):
+                run = self.ledger.note(output.key, first, part)
             if self.journal is not None:
                 self.journal.note(output.key, run)
 

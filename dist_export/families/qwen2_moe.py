@@ -124,6 +124,7 @@ HF_LIMITS: tuple[Limit, ...] = (
     (lambda m: not m.qk_norm, "it has no q/k norm"),
     (lambda m: m.num_experts > 0, "it has experts"),
     (lambda m: m.moe_shared_expert_gate, "it weighs its shared expert by a gate"),
+    (lambda m: m.head_size * m.num_attention_heads == m.hidden_size, "its head size is hidden_size / heads"),
 )
 
 QWEN2_MOE = Family(

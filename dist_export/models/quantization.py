@@ -7,18 +7,37 @@ their scales, and so do gate and up. Logical weights find their module through t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 
-from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer, quantizer_tensor
+from dist_export.checkpoint.quantizer_names import (
+    ModuleName,
+    Quantity,
+    Quantizer,
+    QuantizerTensor,
+    quantizer_tensor,
+)
 from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceCatalog, SourceTensor
 from dist_export.models.layout_ops import SPLIT_HALVES
 from dist_export.models.logical import Located, LogicalModel
 from dist_export.tensors.boxes import Shape
-from dist_export.tensors.views import View, concatenate
+from dist_export.tensors.views import Slab, View, concatenate
 
 CORE_ATTENTION = "decoder.layers.{layer}.self_attention.core_attention"
+LINEAR_QKV = "decoder.layers.{layer}.self_attention.linear_qkv"
+_ROW_AMAX = "amax of rows of "
+
+
+def row_slab(weight: Slab) -> Slab:
+    """The name of the measured amax of a weight's rows, ``[rows, 1]`` float32: in the scale table, in no file."""
+    return Slab(f"{_ROW_AMAX}{weight}")
+
+
+def is_row_slab(slab: Slab) -> bool:
+    """Whether a slab is one of `row_slab`."""
+    return slab.name.startswith(_ROW_AMAX)
 
 
 def kv_module(layer: int, part: str) -> ModuleName:
@@ -32,7 +51,9 @@ PER_ROW = {Scheme.FP8_PER_CHANNEL_PER_TOKEN, Scheme.INT8_SQ}
 PER_BLOCK = {Scheme.INT4_AWQ, Scheme.W4A8_AWQ}
 STATIC_INPUT = {Scheme.FP8, Scheme.INT8_SQ, Scheme.W4A8_AWQ, Scheme.NVFP4, Scheme.NVFP4_AWQ}
 """Schemes in which activations have a scale of their own."""
-SUPPORTED = PER_TENSOR | PER_ROW | PER_BLOCK
+WEIGHT_ONLY = {Scheme.INT8_WO, Scheme.INT4_WO}
+"""Schemes of which a checkpoint keeps nothing: whoever serves it quantises the weights."""
+SUPPORTED = PER_TENSOR | PER_ROW | PER_BLOCK | WEIGHT_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +63,21 @@ class QuantizerTensors:
     catalog: SourceCatalog
     num_chunks: Callable[[str], int]
     """Chunks that a stored tensor consists of: for row-parallel order, the training's tp size."""
+    of_all_experts: Mapping[tuple[str, int], SourceTensor] = field(default_factory=dict)
+    """Folded name and layer -> what all experts of a grouped linear have together."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, tuple[Shape, str]], num_chunks: Callable[[str], int]) -> QuantizerTensors:
         """Those among `tensors` (global name -> shape and dtype)."""
-        return cls(SourceCatalog({n: each for n, each in tensors.items() if quantizer_tensor(n)}), num_chunks)
+        own, common = {}, {}
+        for name, (shape, dtype) in tensors.items():
+            found = quantizer_tensor(name)
+            if found is not None and _is_of_all_experts(found, shape):
+                pattern = f"{found.module.pattern}.{name.removeprefix(str(found.module)).lstrip('.')}"
+                common[pattern, found.module.layer] = SourceTensor(Slab(name), shape, dtype)
+            elif found is not None:
+                own[name] = (shape, dtype)
+        return cls(SourceCatalog(own), num_chunks, common)
 
     def find(
         self, module: ModuleName, quantizer: Quantizer, quantity: Quantity, number: int | None = None
@@ -54,7 +85,16 @@ class QuantizerTensors:
         """A module's tensor, None where there is none."""
         place = "" if number is None else f".{number}"
         pattern = f"{module.pattern}.{quantizer.value}{place}.{quantity.value}"
-        return self.catalog.find(pattern, layer=module.layer, expert=module.expert)
+        found = self.catalog.find(pattern, layer=module.layer, expert=module.expert)
+        return found or self.of_all_experts.get((pattern, module.layer))
+
+
+def _is_of_all_experts(tensor: QuantizerTensor, shape: Shape) -> bool:
+    """Whether a tensor without an expert's number is not stacked over experts: a grouped linear has one input, and
+    until ModelOpt 0.41 one quantiser of its weights (modelopt/torch/quantization/plugins/megatron.py)."""
+    if "{expert}" not in tensor.module.pattern or tensor.module.expert >= 0:
+        return False
+    return tensor.quantizer is Quantizer.INPUT or prod(shape) == 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +112,8 @@ class Quantization:
     kv_cache: KvScheme = KvScheme.NONE
     kv_cache_scale: float | None = None
     """Of every layer, as the user gave it; None: the checkpoint's."""
+    notes: tuple[str, ...] = ()
+    """What the user should know."""
 
     @property
     def overall(self) -> Scheme:
@@ -100,9 +142,28 @@ class Quantization:
             return None
         return self._rows_of(found, located), found.dtype
 
+    def measured_rows(self, logical: str, module: ModuleName) -> View:
+        """``[rows, 1]``: the amax of each row of a logical weight, which the scale phase measures (`row_slab`)."""
+        located = self.logical.locate(logical, layer=module.layer, expert=module.expert)
+        assert located is not None, f"{logical} is in the checkpoint"
+        view = View.of(row_slab(located.source.slab), (located.source.shape[0], 1))
+        return located.rule.op.split(view, self.logical.config.of_layer(module.layer))[located.part]
+
+    def is_measured(self, module: ModuleName) -> bool:
+        """Whether the scale of each row has to be found: the checkpoint stores no amax of the weight."""
+        scheme = self.schemes[module].scheme
+        return scheme in PER_ROW and self.tensors.find(module, Quantizer.WEIGHT, Quantity.AMAX) is None
+
     def pre_quant_scale(self, module: ModuleName) -> SourceTensor | None:
         """``[in]``: what activations are multiplied by; None where the checkpoint has none."""
         return self.tensors.find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
+
+    def experts_of(self, module: ModuleName) -> list[ModuleName]:
+        """The quantised modules that are this one of the layer's other experts, and itself."""
+        if "{expert}" not in module.pattern:
+            return [module]
+        experts = (replace(module, expert=expert) for expert in range(self.logical.config.num_experts))
+        return [each for each in experts if each in self.schemes]
 
     def _rows_of(self, amax: SourceTensor, located: Located) -> View:
         view, config = View.of(amax.slab, amax.shape), self.logical.config
@@ -115,9 +176,14 @@ class Quantization:
         return _checked(rule.op.split(view, config)[located.part], None, amax)
 
     def kv_amax(self, layer: int) -> tuple[SourceTensor | None, SourceTensor | None]:
-        """Amax of a layer's keys and of its values; None where the checkpoint has none."""
+        """Amax of a layer's keys and of its values; None where the checkpoint has none.
+
+        ModelOpt before 0.40 has that of the whole output of linear_qkv instead, which then stands for both.
+        """
         module = ModuleName(CORE_ATTENTION, layer)
         key, value = (self.tensors.find(module, each, Quantity.AMAX) for each in (Quantizer.KEY, Quantizer.VALUE))
+        if key is None and value is None:
+            key = value = self.tensors.find(ModuleName(LINEAR_QKV, layer), Quantizer.OUTPUT, Quantity.AMAX)
         return key, value
 
     def modules(self) -> Iterator[ModuleName]:
@@ -127,6 +193,11 @@ class Quantization:
 
 WEIGHT_NAMES = ("weight", "weight_w", "weight_v")
 """Of a linear: whole, or the two halves of a gated one."""
+
+
+def is_linear(module: str) -> bool:
+    """Whether a module (by its folded name) is a linear of a transformer layer that may be quantised: not the router."""
+    return module.startswith("decoder.layers.{layer}.") and module.rpartition(".")[2].startswith("linear_")
 
 
 def module_of(located: Located, *, layer: int, expert: int) -> ModuleName | None:

@@ -14,7 +14,7 @@ names without that hole hold all experts of a rank (see `TargetRule`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -131,5 +131,7 @@ class Family:
     class changed between releases; a target that is missing cannot serve the family."""
     features: frozenset[Feature] = frozenset()
     """The uncommon things that its rules express."""
+    witnesses: Mapping[str, str] = field(default_factory=dict)
+    """Target name -> who, apart from this project, gave the bytes that tests compare exports of the family with."""
     implied: Condition = always
     """Which of the models that meet its conditions are of it without its being named; others it must be named for."""

@@ -26,7 +26,8 @@ class Modules:
     """Where an architecture's modules are: paths from the model, and from a layer."""
 
     layers: str
-    embedding: str
+    embedding: str | None
+    """None where what it returns is scaled afterwards."""
     final_norm: str
     outputs: Mapping[str, str]
     """Name of a state -> the module that returns it."""
@@ -48,6 +49,27 @@ _DECODER = ("model.layers", "model.embed_tokens", "model.norm")
 MODULES = {
     "llama": Modules(*_DECODER, {**_DECODER_OUTPUTS, at.GATE: "mlp.gate_proj"}, _DECODER_INPUTS),
     "nemotron": Modules(*_DECODER, _DECODER_OUTPUTS, _DECODER_INPUTS),
+    "starcoder2": Modules(
+        *_DECODER,
+        {**_DECODER_OUTPUTS, at.UP: "mlp.c_fc"},
+        {**_DECODER_INPUTS, at.ACTIVATION: "mlp.c_proj"},
+    ),
+    "gemma": Modules(
+        "model.layers", None, "model.norm", {**_DECODER_OUTPUTS, at.GATE: "mlp.gate_proj"}, _DECODER_INPUTS
+    ),
+    "gemma2": Modules(
+        "model.layers",
+        None,
+        "model.norm",
+        {
+            **_DECODER_OUTPUTS,
+            at.GATE: "mlp.gate_proj",
+            at.ATTENTION_OUTPUT: "post_attention_layernorm",
+            at.MLP_NORM: "pre_feedforward_layernorm",
+            at.MLP_OUTPUT: "post_feedforward_layernorm",
+        },
+        _DECODER_INPUTS,
+    ),
     "gpt2": Modules(
         "transformer.h",
         "transformer.drop",
@@ -126,7 +148,8 @@ def _watch(model: Any, modules: Modules, trace: Trace) -> None:
 
         return hook
 
-    model.get_submodule(modules.embedding).register_forward_hook(output(Point(at.EMBEDDING), modules.embedding))
+    if modules.embedding is not None:
+        model.get_submodule(modules.embedding).register_forward_hook(output(Point(at.EMBEDDING), modules.embedding))
     model.get_submodule(modules.final_norm).register_forward_hook(output(Point(at.FINAL_NORM), modules.final_norm))
     layers = model.get_submodule(modules.layers)
     for number, layer in enumerate(layers):

@@ -143,10 +143,10 @@ def verify_export(
     Every rank returns the same report. What is wrong with the export is in the report; `ExportError` is raised when
     it cannot be verified at all: no manifest, a checkpoint that cannot be read.
     """
-    manifest = read_manifest(output)
-    model = open_model(source_from_manifest(checkpoint, manifest, base=base, code_allowed=options.code_allowed))
+    manifest, chosen = read_manifest(output), options or VerifyOptions()
+    model = open_model(source_from_manifest(checkpoint, manifest, base=base, code_allowed=chosen.code_allowed))
     made = plan_from_manifest(model, manifest)
-    verification = Verification(model, made, manifest, output, options or VerifyOptions(), group or Group.single())
+    verification = Verification(model, made, manifest, output, chosen, group or Group.single())
     return verification.run()
 
 

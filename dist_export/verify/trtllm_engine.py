@@ -1,6 +1,6 @@
 """What a TensorRT-LLM engine would load: config.json as its model class reads it, and the rank files checked for it.
 
-Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama}/config.py and mapping.py alone, without the rule
+Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,gemma,falcon}/ and mapping.py alone, without the rule
 tables and layouts of the exporter, so that a mistake there is not repeated here.
 """
 
@@ -24,6 +24,8 @@ Shape = tuple[int, ...]
 GATED = {"swiglu": "silu", "fast-swiglu": "silu", "geglu": "gelu"}
 GPT_CLASS = ("GPTForCausalLM", "GPT2LMHeadModel", "NemotronForCausalLM", "Starcoder2ForCausalLM")
 LLAMA_CLASS = ("LlamaForCausalLM", "MistralForCausalLM")
+GEMMA_CLASS = ("GemmaForCausalLM", "Gemma2ForCausalLM")
+FALCON_CLASS = ("FalconForCausalLM",)
 """Architectures and the class that serves them (tensorrt_llm/models/__init__.py, ``MODEL_MAP``)."""
 PLAIN = ("relu", "silu", "squared-relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 ROTARY_TABLES = {"rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention"}
@@ -33,7 +35,7 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """config.json of a dense model of the GPT or Llama class without quantization."""
+    """config.json of a dense model without quantization, of one of the classes above."""
 
     raw: Mapping[str, Any] = field(repr=False)
 
@@ -45,14 +47,16 @@ class EngineConfig:
     def _conditions(self) -> Iterator[tuple[bool, str]]:
         raw, mapping = self.raw, self.raw["mapping"]
         act, positions = raw.get("hidden_act", "gelu"), self.position_type
-        yield raw["architecture"] in GPT_CLASS + LLAMA_CLASS, f"architecture {raw['architecture']}"
+        known_classes = GPT_CLASS + LLAMA_CLASS + GEMMA_CLASS + FALCON_CLASS
+        yield raw["architecture"] in known_classes, f"architecture {raw['architecture']}"
         yield mapping.get("cp_size", 1) == 1, "cp_size other than 1"
         yield mapping["world_size"] == self.tp_size * self.pp_size, "world_size that is not tp_size x pp_size"
         for key, value in (raw.get("quantization") or {}).items():
             yield not (key.endswith("quant_algo") and value), f"quantization.{key} {value}"
         yield (raw.get("moe") or {}).get("num_experts", 0) <= 1, "experts"
         for key in ("qk_layernorm", "inner_layernorm", "norm_before_bmm1", "residual_mlp", "share_embedding_table"):
-            yield not raw.get(key, False), f"{key} true"
+            shared_anyway = key == "share_embedding_table" and self.is_gemma  # ignored there
+            yield shared_anyway or not raw.get(key, False), f"{key} true"
         known = (*GATED, *PLAIN) if self.is_gpt else ("silu", *PLAIN)
         yield act in known, f"hidden_act {act} of {raw['architecture']}"
         kinds = ("learned_absolute", "rope_gpt_neox", "rope_gptj") if self.is_gpt else ("rope_gpt_neox",)
@@ -65,6 +69,38 @@ class EngineConfig:
     @property
     def is_gpt(self) -> bool:
         return self.raw["architecture"] in GPT_CLASS
+
+    @property
+    def is_gemma(self) -> bool:
+        return self.raw["architecture"] in GEMMA_CLASS
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Gemma 2 norms what attention and MLP return."""
+        return bool(self.raw["architecture"] == "Gemma2ForCausalLM")
+
+    @property
+    def is_falcon(self) -> bool:
+        return self.raw["architecture"] in FALCON_CLASS
+
+    @property
+    def two_norms(self) -> bool:
+        """Falcon's new decoder: attention and MLP side by side, each with a norm."""
+        return self.is_falcon and bool(self.raw.get("new_decoder_architecture", False))
+
+    @property
+    def parallel_attention(self) -> bool:
+        """Attention and MLP side by side."""
+        return self.is_falcon and (self.two_norms or bool(self.raw.get("parallel_attention", False)))
+
+    @property
+    def layer_norms(self) -> tuple[str, ...]:
+        """The norms of a layer."""
+        if self.norms_outputs:
+            return "input_layernorm", "post_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+        if self.parallel_attention:
+            return ("input_layernorm", "mlp_layernorm") if self.two_norms else ("input_layernorm",)
+        return "input_layernorm", "post_layernorm"
 
     @property
     def tp_size(self) -> int:
@@ -84,7 +120,8 @@ class EngineConfig:
 
     @property
     def head_size(self) -> int:
-        return int(self.raw.get("head_size") or self.hidden_size // self.raw["num_attention_heads"])
+        default = self.hidden_size // self.raw["num_attention_heads"]
+        return int(default if self.is_falcon else self.raw.get("head_size") or default)
 
     @property
     def local_heads(self) -> int:
@@ -98,17 +135,18 @@ class EngineConfig:
 
     @property
     def layer_norm(self) -> bool:
-        """LayerNorm with biases in the GPT class, RMSNorm in the Llama class; no field says it."""
-        return self.is_gpt
+        """LayerNorm with biases in the GPT and Falcon classes, RMSNorm in the others; no field says it."""
+        return self.is_gpt or self.is_falcon
 
-    @property
-    def norm_epsilon(self) -> float:
-        return float(self.raw.get("norm_epsilon", 1e-5))
+    def epsilon(self, norm: str) -> float:
+        """Of a norm; Falcon's leaves it out for two of them."""
+        default = self.is_falcon and norm.endswith(("ln_f", "post_layernorm"))
+        return 1e-5 if default else float(self.raw.get("norm_epsilon", 1e-5))
 
     @property
     def gated(self) -> bool:
-        """The GPT class is gated by the name of the activation, the dense Llama class always."""
-        return not self.is_gpt or self.raw.get("hidden_act") in GATED
+        """The GPT class is gated by the name of the activation, Falcon never, the others always."""
+        return not self.is_falcon and (not self.is_gpt or self.raw.get("hidden_act") in GATED)
 
     @property
     def activation(self) -> str:
@@ -118,14 +156,21 @@ class EngineConfig:
 
     @property
     def attention_bias(self) -> bool:
-        return bool(self.raw.get("bias", True) if self.is_gpt else self.raw.get("attn_bias", False))
+        return self._bias("attn_bias")
 
     @property
     def mlp_bias(self) -> bool:
-        return bool(self.raw.get("bias", True) if self.is_gpt else self.raw.get("mlp_bias", False))
+        return self._bias("mlp_bias")
+
+    def _bias(self, name: str) -> bool:
+        """Of all linear layers, or of those with a switch of their own."""
+        one = self.is_gpt or self.is_falcon
+        return bool(self.raw.get("bias", self.is_gpt) if one else self.raw.get(name, False))
 
     @property
     def q_scaling(self) -> float:
+        if self.norms_outputs:
+            return math.sqrt(float(self.raw["query_pre_attn_scalar"]) / self.head_size)
         scaling = float(self.raw.get("q_scaling", 1.0)) if self.is_gpt else 1.0
         by_layers = self.is_gpt and self.raw.get("apply_query_key_layer_scaling", False)
         return scaling * self.raw["num_hidden_layers"] if by_layers else scaling
@@ -133,7 +178,13 @@ class EngineConfig:
     @property
     def embedding_scale(self) -> float | None:
         value = self.raw.get("embedding_scale") if self.is_gpt else None
+        value = math.sqrt(self.hidden_size) if self.is_gemma else value
         return None if value is None else float(value)
+
+    def cap(self, name: str) -> float | None:
+        """``attn_logit_softcapping`` or ``final_logit_softcapping`` of Gemma 2."""
+        value = self.raw.get(name) if self.norms_outputs else None
+        return float(value) if value else None
 
     @property
     def position_type(self) -> str:
@@ -209,7 +260,7 @@ class EngineConfig:
         hidden, queries = self.hidden_size, self.local_heads * self.head_size
         qkv = queries + 2 * self.local_kv_heads * self.head_size
         ffn = int(self.raw["intermediate_size"]) // self.tp_size
-        shapes: dict[str, Shape] = {**self._norm_shapes("input_layernorm"), **self._norm_shapes("post_layernorm")}
+        shapes = {name: shape for norm in self.layer_norms for name, shape in self._norm_shapes(norm).items()}
         linears = {"attention.qkv": (qkv, hidden), "attention.dense": (hidden, queries), "mlp.fc": (ffn, hidden)}
         linears |= {"mlp.gate": (ffn, hidden)} if self.gated else {}
         for name, shape in {**linears, "mlp.proj": (hidden, ffn)}.items():

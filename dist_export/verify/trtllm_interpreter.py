@@ -1,7 +1,7 @@
 """A reference interpreter of TensorRT-LLM checkpoints in plain torch: what the engine would compute, without TensorRT.
 
-It follows the engine's model classes (tensorrt_llm/models/gpt/model.py and llama/model.py, layers/attention.py, mlp.py,
-embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel rank's share is computed from
+It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,gemma,falcon}, layers/attention.py,
+mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel rank's share is computed from
 that rank's file only and combined as the engine's all-reduce and all-gather would; pipeline stages run one after the
 other with their own layer numbers. Only one layer's weights are in memory at a time.
 
@@ -84,6 +84,8 @@ class _Run:
         hidden = self.norm(last.files[0], "transformer.ln_f", hidden)
         self.trace.record(Point(at.FINAL_NORM), hidden, last.names("transformer.ln_f"))
         logits = torch.cat([self.linear(file, "lm_head", hidden) for file in last.files], -1)
+        cap = self.config.cap("final_logit_softcapping")
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         self.trace.logits = logits[..., : self.config.vocab_size].float()
         return self.trace
 
@@ -99,15 +101,20 @@ class _Run:
     def row_linear(
         self, files: Sequence[RankFile], name: str, parts: Sequence[torch.Tensor], bias: bool
     ) -> torch.Tensor:
-        """Partial products summed by the all-reduce, then the bias once (linear.py, ``RowLinear``)."""
+        """Partial products summed by the all-reduce, then the bias once (linear.py, ``RowLinear``).
+
+        With attention and MLP side by side the all-reduce is that of their sum, so every rank adds its bias before it.
+        """
+        if self.config.parallel_attention:
+            return sum_of([self.linear(file, name, x, bias=bias) for file, x in zip(files, parts, strict=True)])
         total = sum_of([self.linear(file, name, part) for file, part in zip(files, parts, strict=True)])
         return total + self.load(files[0], f"{name}.bias") if bias else total
 
     def norm(self, file: RankFile, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, shape = self.load(file, f"{name}.weight"), (self.config.hidden_size,)
         if self.config.layer_norm:
-            return functional.layer_norm(x, shape, weight, self.load(file, f"{name}.bias"), self.config.norm_epsilon)
-        return functional.rms_norm(x, shape, weight, self.config.norm_epsilon)
+            return functional.layer_norm(x, shape, weight, self.load(file, f"{name}.bias"), self.config.epsilon(name))
+        return functional.rms_norm(x, shape, weight, self.config.epsilon(name))
 
     def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         config, stage = self.config, self.stages[0]
@@ -138,17 +145,27 @@ class _Run:
 
 
 class _Layer:
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); Falcon's adds both to the same x."""
 
     def __init__(self, run: _Run, stage: _Stage, local: int, layer: int, rotary: Rotary | None) -> None:
         self.parent, self.config, self.files, self.rotary = run, run.config, stage.files, rotary
         self.stage, self.layer, self.prefix = stage, layer, f"transformer.layers.{local}."
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._attention(self._norm("input_layernorm", at.ATTENTION_NORM, x))
-        x = x + self._mlp(self._norm("post_layernorm", at.MLP_NORM, x))
+        normed = self._norm("input_layernorm", at.ATTENTION_NORM, x)
+        if self.config.parallel_attention:
+            mlp_input = self._norm("mlp_layernorm", at.MLP_NORM, x) if self.config.two_norms else normed
+            x = x + self._attention(normed) + self._mlp(mlp_input)
+        else:
+            x = x + self._attention(normed)
+            before_mlp = "pre_feedforward_layernorm" if self.config.norms_outputs else "post_layernorm"
+            x = x + self._mlp(self._norm(before_mlp, at.MLP_NORM, x))
         self._record(at.LAYER_OUTPUT, x, "")
         return x
+
+    def _returned(self, norm: str, out: torch.Tensor) -> torch.Tensor:
+        """What attention or MLP adds to the residual."""
+        return self.parent.norm(self.files[0], self.prefix + norm, out) if self.config.norms_outputs else out
 
     def _record(self, name: str, state: torch.Tensor, source: str) -> None:
         self.parent.trace.record(Point(name, self.layer), state, self.stage.names(self.prefix + source))
@@ -169,6 +186,7 @@ class _Layer:
         contexts = [self._attend(*part) for part in parts]
         self._record(at.CONTEXT, torch.cat(contexts, -1), "attention.qkv")
         out = self.parent.row_linear(self.files, self.prefix + "attention.dense", contexts, bias)
+        out = self._returned("post_layernorm", out)
         self._record(at.ATTENTION_OUTPUT, out, "attention.dense")
         return out
 
@@ -187,6 +205,11 @@ class _Layer:
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         scale = 1 / (math.sqrt(self.config.head_size) * self.config.q_scaling)
+        cap = self.config.cap("attn_logit_softcapping")
+        if cap is not None:
+            scores = cap * torch.tanh(q @ k.transpose(-1, -2) * scale / cap)
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            return (scores.masked_fill(hidden, -math.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).flatten(2)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
@@ -201,6 +224,7 @@ class _Layer:
             inner = [a * b for a, b in zip(inner, gate, strict=True)]
         self._record(at.ACTIVATION, torch.cat(inner, -1), "mlp.fc and mlp.gate" if gated else "mlp.fc")
         out = self.parent.row_linear(self.files, self.prefix + "mlp.proj", inner, bias)
+        out = self._returned("post_feedforward_layernorm", out)
         self._record(at.MLP_OUTPUT, out, "mlp.proj")
         return out
 

@@ -9,4 +9,6 @@ CHECKPOINTS = {
     "mixtral_core_0_16_pp2ep2": "mixtral",
     "starcoder2_core_0_16_tp2": "starcoder2",
     "starcoder_core_0_16_tp2": "starcoder",
+    "gemma_bridge_core_0_16_tp2": "gemma",
+    "gemma2_bridge_core_0_16_tp2": "gemma2",
 }

@@ -1,0 +1,133 @@
+"""Quantised exports equal, byte for byte, what ModelOpt's own writers make of the same weights, amax and factors.
+
+The expected tensors are hashes (record_quantized.py, which names two exceptions). The same model saved by other training
+layouts, exported by other numbers of processes, in little memory or in two attempts must give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.exports import config_of, export, fingerprints, tensors_of
+from support.faulty_runs import run, weights
+from support.quantized import SCHEMES, export_here, reshard
+
+from dist_export.targets.huggingface.target import HuggingFaceOptions
+from dist_export.targets.trtllm.target import TrtllmOptions
+
+HERE = Path(__file__).parent
+EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "expected_quantized").glob("*.json"))}
+Checkpoints = dict[str, Path]
+
+
+def check_ranks(output: Path, expected: dict[str, Any]) -> None:
+    for rank, tensors in enumerate(expected["ranks"]):
+        assert fingerprints(output / f"rank{rank}.safetensors") == tensors
+    assert not (output / f"rank{len(expected['ranks'])}.safetensors").exists()
+    assert config_of(output)["quantization"] == expected["quantization"]
+
+
+@pytest.mark.parametrize("layout", ["tp1pp1", "tp2pp1"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensorrt_llm(scheme: str, layout: str, quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:
+    options = TrtllmOptions(tp_size=int(layout[2]))
+    output = export_here(quantized_checkpoints[scheme], tmp_path / "out", options)
+    check_ranks(output, EXPECTED[scheme]["layouts"][layout])
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if "huggingface" in EXPECTED[scheme]])
+def test_hugging_face(scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:
+    expected = EXPECTED[scheme]["huggingface"]
+    output = export_here(quantized_checkpoints[scheme], tmp_path / "out", HuggingFaceOptions())
+    assert fingerprints(output / "model.safetensors") == expected["tensors"]
+    assert config_of(output)["quantization_config"] == expected["quantization_config"]
+    assert json.loads((output / "hf_quant_config.json").read_text()) == expected["hf_quant_config"]
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_layout_of_training_does_not_matter(
+    scheme: str, tp: int, quantized_checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """ModelOpt keeps the rows of a gated fc1's amax as the training ranks held them: another order for each tp."""
+    checkpoint = reshard(quantized_checkpoints[scheme], tmp_path / "checkpoint", tp=tp)
+    output = export_here(checkpoint, tmp_path / "out", TrtllmOptions(tp_size=2))
+    check_ranks(output, EXPECTED[scheme]["layouts"]["tp2pp1"])
+
+
+@pytest.mark.parametrize("scheme", ["int4_awq", "nvfp4"])
+def test_processes_and_memory_do_not_change_a_byte(
+    scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    expected = EXPECTED[scheme]["layouts"]["tp2pp1"]
+    for number, (num_processes, memory) in enumerate([(2, "1g"), (3, "256k"), (4, "1g")]):
+        options = ("--tp", 2, "--num-processes", num_processes, "--host-memory", memory)
+        check_ranks(export(quantized_checkpoints[scheme], tmp_path / str(number), *options), expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_pipeline_stages_divide_the_layers(scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (whole,) = EXPECTED[scheme]["layouts"]["tp1pp1"]["ranks"]
+    output = export_here(quantized_checkpoints[scheme], tmp_path / "out", TrtllmOptions(pp_size=2))
+    found: dict[str, object] = {}
+    for stage in range(2):
+        for name, tensor in fingerprints(output / f"rank{stage}.safetensors").items():
+            found[name.replace(".layers.0.", f".layers.{stage}.")] = tensor
+    assert found == whole
+
+
+COLUMNS = {"attention.dense": 4, "mlp.proj": 4}
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8_sq", "nvfp4"])
+def test_four_ranks_hold_the_parts_of_one(scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Of codes and of scales; key and value heads are repeated, as there are two for four ranks."""
+    one = tensors_of(export_here(quantized_checkpoints[scheme], tmp_path / "one") / "rank0.safetensors")
+    four = export_here(quantized_checkpoints[scheme], tmp_path / "four", TrtllmOptions(tp_size=4))
+    ranks = [tensors_of(four / f"rank{rank}.safetensors") for rank in range(4)]
+    for name, whole in one.items():
+        parts = [tensors[name] for tensors in ranks]
+        if name.startswith(("lm_head", "transformer.vocab")):
+            assert raw(torch.cat(parts)[:250]) == raw(whole)
+        elif whole.numel() == 1 or "layernorm" in name or "ln_f" in name:
+            assert all(raw(part) == raw(whole) for part in parts)
+        elif ".qkv." in name and whole.shape[0] == 384:
+            assert all(raw(part) == raw(qkv_of(whole, rank)) for rank, part in enumerate(parts))
+        elif any(each in name for each in COLUMNS):
+            is_rows = name.endswith("weights_scaling_factor") and whole.dim() == 1
+            assert all(raw(p) == raw(whole) for p in parts) if is_rows else raw(torch.cat(parts, -1)) == raw(whole)
+        elif "prequant" in name:
+            assert all(raw(part) == raw(whole) for part in parts)
+        else:
+            assert raw(torch.cat(parts)) == raw(whole), name
+
+
+def qkv_of(whole: torch.Tensor, rank: int) -> torch.Tensor:
+    """A rank's two query heads of 32 rows, and the one key and value head that they share with a neighbour."""
+    kv = rank // 2 * 32
+    parts = [whole[rank * 64 : rank * 64 + 64], whole[256 + kv : 288 + kv], whole[320 + kv : 352 + kv]]
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(whole.dtype)
+
+
+def raw(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("scheme", ["int4_awq", "nvfp4"])
+def test_what_is_left_after_a_kill_is_gone_on_with(
+    scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    checkpoint, options = quantized_checkpoints[scheme], ("--tp", 2, "--host-memory", "256k")
+    fault = {"rank": 0, "point": "transfer", "action": "kill", "after": 20, "pace": 0.02}
+    killed = run(checkpoint, tmp_path / "out", *options, **fault)
+    assert killed.code == 3 and "rank 0 was killed" in killed.err, killed.err
+    staging = tmp_path / ".out.dist_export"
+    assert (staging / "scales.json").is_file()
+    ended = run(checkpoint, tmp_path / "out", *options, "--resume", num_processes=3)
+    assert ended.code == 0, ended.err
+    check_ranks(tmp_path / "out", EXPECTED[scheme]["layouts"]["tp2pp1"])
+    assert "scales.json" not in weights(tmp_path / "out")
