@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dist_export import __version__
+from dist_export.agreement import Agreement
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.execute import Budget, Converter, Executor, TensorEncoder
 from dist_export.convert.journal import Done, read_fingerprint, remove_journals, write_fingerprint
@@ -35,7 +36,7 @@ from dist_export.manifest import (
 )
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
-from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
+from dist_export.plan.placement import Placement, fills_of, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
 from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError
@@ -66,33 +67,6 @@ class RunOptions:
     """For value operations: ``auto`` (a GPU where there is one), ``cpu`` or a torch device."""
     profile: Path | None = None
     """An existing folder for a timeline of every rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """What rank 0 tells all ranks before the work: who runs where, and what every file must be."""
-
-    hosts: list[str]
-    costs: list[int]
-    """Bytes of every file."""
-    digests: list[str]
-    """Plan digest of every file."""
-    attempt: str
-    """Names this run's journals."""
-    resumed: bool
-    """Whether the staging folder holds an earlier run's work."""
-    local: str = ""
-    """Names the nodes' own folders, where they have one."""
-    stale: str = ""
-    """Names those of an earlier run whose work is not used."""
-
-    def is_first_of_node(self, rank: int) -> bool:
-        """Whether a process does what one of its node's has to do."""
-        return self.hosts.index(self.hosts[rank]) == rank
-
-    def placement(self) -> Placement:
-        """Who makes which file."""
-        return make_placement([self.hosts.index(host) for host in self.hosts], self.costs)
 
 
 @dataclass(slots=True)

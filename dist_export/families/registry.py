@@ -6,6 +6,7 @@ from dist_export.errors import ExportError
 from dist_export.families.decilm import DECILM
 from dist_export.families.deepseek_v2 import DEEPSEEK_V2
 from dist_export.families.deepseek_v3 import DEEPSEEK_V3
+from dist_export.families.falcon import FALCON
 from dist_export.families.gemma import GEMMA
 from dist_export.families.gemma2 import GEMMA2
 from dist_export.families.gpt import GPT
@@ -24,7 +25,7 @@ from dist_export.models.features import unsupported
 from dist_export.models.rules import Family
 
 FAMILIES: tuple[Family, ...] = (
-    *(DEEPSEEK_V3, DEEPSEEK_V2, DECILM, NEMOTRON, GEMMA2, GEMMA),
+    *(DEEPSEEK_V3, DEEPSEEK_V2, DECILM, NEMOTRON, GEMMA2, GEMMA, FALCON),
     *(QWEN3_MOE, QWEN2_MOE, MIXTRAL, QWEN3, QWEN2, MISTRAL, LLAMA),
     *(STARCODER2, STARCODER, GPT),
 )

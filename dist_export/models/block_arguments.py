@@ -27,6 +27,16 @@ def window_notes(arguments: Arguments, layers: object) -> list[str]:
     ]
 
 
+def parallel_notes(parallel: object, linear_bias: object) -> list[str]:
+    """What NeMo's Falcon does with biases that other implementations add."""
+    if not (parallel and linear_bias):
+        return []
+    return [
+        "parallel_attention: the biases of linear_proj and linear_fc2 are exported and every consumer adds them; NeMo's "
+        "own parallel layers leave them out, so a model trained there is only equal where they are zero"
+    ]
+
+
 def _window_layers_claim(arguments: Arguments, window: Claim, num_layers: int) -> Claim:
     """`window_attn_skip_freq` N leaves every N-th layer without a window, a list names those with one
     (transformer/utils.py, `is_layer_window_attention`). In Gemma 2, which has no argument for it, every second layer

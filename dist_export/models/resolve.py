@@ -22,7 +22,7 @@ from dist_export.models.activation_arguments import (
     moe_ffn_claim,
     qkv_bias_claim,
 )
-from dist_export.models.block_arguments import block_claims, window_notes
+from dist_export.models.block_arguments import block_claims, parallel_notes, window_notes
 from dist_export.models.config import ModelConfig
 from dist_export.models.megatron_arguments import Arguments
 from dist_export.models.overrides import (
@@ -266,6 +266,8 @@ def _argument_notes(reader: Arguments, given: Mapping[str, Claim], chosen: Mappi
         notes += activation_notes(reader, chosen["activation"].value)
     if "window_layers" not in given and "window_layers" in chosen:
         notes += window_notes(reader, chosen["window_layers"].value)
+    if "parallel_attention" in chosen and "linear_bias" in chosen:
+        notes += parallel_notes(chosen["parallel_attention"].value, chosen["linear_bias"].value)
     return notes
 
 

@@ -44,6 +44,17 @@ class Replicate:
 
 
 @dataclass(frozen=True, slots=True)
+class OnFirstRank:
+    """The first rank holds all of it, the others zeros: biases that every rank adds before an all-reduce."""
+
+    def take(self, view: View, tp: TensorParallel, config: ModelConfig) -> View:
+        return view if tp.rank == 0 else View.zeros(view.shape)
+
+    def restore(self, shards: Sequence[View], config: ModelConfig) -> View:
+        return shards[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Equal slices along `dim`, exact or refused."""
 
@@ -115,6 +126,7 @@ class SlicePadded:
 
 
 REPLICATE = Replicate()
+ON_FIRST_RANK = OnFirstRank()
 COLUMN = Slice(0)
 """Column-parallel: the output dim of a weight, its bias along."""
 ROW = Slice(1)

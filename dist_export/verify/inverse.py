@@ -88,9 +88,12 @@ class InverseRules:
                     self._consumers[part.logical].append((rule, number))
 
     def origins(self) -> Iterator[SourceOrigin]:
-        """Every source slab that a rule of the family takes."""
-        for rule in self.output.plan.family.source_rules:
-            if not rule.when(self.config):
+        """Every source slab that a rule of the family takes. Of rules that take one apart in different ways, as
+        different targets need it, those that this target uses."""
+        rules = [rule for rule in self.output.plan.family.source_rules if rule.when(self.config)]
+        used = {rule.source for rule in rules if self._is_used(rule)}
+        for rule in rules:
+            if rule.source in used and not self._is_used(rule):
                 continue
             num_layers = self.config.num_mtp_layers if rule.source.startswith("mtp.") else self.config.num_layers
             layers = range(num_layers) if "{layer}" in rule.source else (-1,)
@@ -103,6 +106,9 @@ class InverseRules:
     def _config_at(self, place: Place) -> ModelConfig:
         """The model's configuration with the sizes of a layer."""
         return self.config.of_layer(place.layer)
+
+    def _is_used(self, rule: SourceRule) -> bool:
+        return any(name in self._consumers for name in rule.logical)
 
     def rebuild(self, origin: SourceOrigin) -> RebuiltSource:
         """The source of `origin` as uses of the output; `ExportError` when some part of it is nowhere."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ExportError, Faults
+from dist_export.verify.trtllm_experts import ROUTER, SHARED_EXPERT_IN_MLP, Experts
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,17 @@ Shape = tuple[int, ...]
 
 GATED = {"swiglu": "silu", "fast-swiglu": "silu", "geglu": "gelu"}
 GPT_CLASS = ("GPTForCausalLM", "GPT2LMHeadModel", "NemotronForCausalLM", "Starcoder2ForCausalLM")
-LLAMA_CLASS = ("LlamaForCausalLM", "MistralForCausalLM")
+LLAMA_CLASS = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
+QWEN_CLASS = (
+    *("QWenForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM"),
+    *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+)
 GEMMA_CLASS = ("GemmaForCausalLM", "Gemma2ForCausalLM")
 FALCON_CLASS = ("FalconForCausalLM",)
 """Architectures and the class that serves them (tensorrt_llm/models/__init__.py, ``MODEL_MAP``)."""
+QWEN_TYPES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+QK_NORM_EPSILON = 1e-5
+"""The attention layer's own default, which no class replaces (layers/attention.py)."""
 PLAIN = ("relu", "silu", "squared-relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 ROTARY_TABLES = {"rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_attention"}
 """Some converters store these; the engine computes its own from config.json."""
@@ -47,17 +55,22 @@ class EngineConfig:
     def _conditions(self) -> Iterator[tuple[bool, str]]:
         raw, mapping = self.raw, self.raw["mapping"]
         act, positions = raw.get("hidden_act", "gelu"), self.position_type
-        known_classes = GPT_CLASS + LLAMA_CLASS + GEMMA_CLASS + FALCON_CLASS
+        known_classes = GPT_CLASS + LLAMA_CLASS + QWEN_CLASS + GEMMA_CLASS + FALCON_CLASS
         yield raw["architecture"] in known_classes, f"architecture {raw['architecture']}"
         yield mapping.get("cp_size", 1) == 1, "cp_size other than 1"
         yield mapping["world_size"] == self.tp_size * self.pp_size, "world_size that is not tp_size x pp_size"
         for key, value in (raw.get("quantization") or {}).items():
             yield not (key.endswith("quant_algo") and value), f"quantization.{key} {value}"
-        yield (raw.get("moe") or {}).get("num_experts", 0) <= 1, "experts"
+        experts = self.experts
+        yield experts is None or not (self.is_gpt or self.is_gemma or self.is_falcon), "experts"
+        if experts is not None:
+            yield from experts.conditions()
+        yield not self.is_qwen or raw.get("qwen_type") in QWEN_TYPES, f"qwen_type {raw.get('qwen_type')}"
+        yield not raw.get("use_logn_attn", False), "use_logn_attn true"
         for key in ("qk_layernorm", "inner_layernorm", "norm_before_bmm1", "residual_mlp", "share_embedding_table"):
             shared_anyway = key == "share_embedding_table" and self.is_gemma  # ignored there
             yield shared_anyway or not raw.get(key, False), f"{key} true"
-        known = (*GATED, *PLAIN) if self.is_gpt else ("silu", *PLAIN)
+        known = (*GATED, *PLAIN) if self.is_gpt else ("silu", *PLAIN) if experts is None else tuple(GATED)
         yield act in known, f"hidden_act {act} of {raw['architecture']}"
         kinds = ("learned_absolute", "rope_gpt_neox", "rope_gptj") if self.is_gpt else ("rope_gpt_neox",)
         yield positions in kinds, f"position_embedding_type {positions} of {raw['architecture']}"
@@ -69,6 +82,20 @@ class EngineConfig:
     @property
     def is_gpt(self) -> bool:
         return self.raw["architecture"] in GPT_CLASS
+
+    @property
+    def is_qwen(self) -> bool:
+        return self.raw["architecture"] in QWEN_CLASS
+
+    @property
+    def experts(self) -> Experts | None:
+        """None for a dense model."""
+        return Experts.of(self.raw, is_qwen=self.is_qwen)
+
+    @property
+    def qk_norm(self) -> bool:
+        """``qwen_type`` alone decides it (models/qwen/model.py)."""
+        return self.is_qwen and str(self.raw["qwen_type"]).startswith("qwen3")
 
     @property
     def is_gemma(self) -> bool:
@@ -156,7 +183,13 @@ class EngineConfig:
 
     @property
     def attention_bias(self) -> bool:
+        """Of query, key and value."""
         return self._bias("attn_bias")
+
+    @property
+    def dense_bias(self) -> bool:
+        """Of the attention's output."""
+        return self.attention_bias and not self.is_qwen
 
     @property
     def mlp_bias(self) -> bool:
@@ -165,7 +198,8 @@ class EngineConfig:
     def _bias(self, name: str) -> bool:
         """Of all linear layers, or of those with a switch of their own."""
         one = self.is_gpt or self.is_falcon
-        return bool(self.raw.get("bias", self.is_gpt) if one else self.raw.get(name, False))
+        default = self.is_qwen and name == "attn_bias"
+        return bool(self.raw.get("bias", self.is_gpt) if one else self.raw.get(name, default))
 
     @property
     def q_scaling(self) -> float:
@@ -230,8 +264,9 @@ class EngineConfig:
         starts = [stage * base + min(stage, extra) for stage in range(self.pp_size + 1)]
         return [range(a, b) for a, b in itertools.pairwise(starts)]
 
-    def shapes(self, stage: int) -> dict[str, Shape]:
+    def shapes(self, stage: int, *, shared_in_mlp: bool = True) -> dict[str, Shape]:
         """Name -> shape of every tensor of a rank of a pipeline stage; tp ranks are alike."""
+        layer_shapes = self._layer_shapes(shared_in_mlp)
         hidden, tp = self.hidden_size, self.tp_size
         shapes: dict[str, Shape] = {}
         if stage == 0:
@@ -240,7 +275,7 @@ class EngineConfig:
                 positions = int(self.raw["max_position_embeddings"])
                 shapes["transformer.position_embedding.weight"] = self._table(positions)
         for layer in range(len(self.stage_layers()[stage])):
-            shapes |= {f"transformer.layers.{layer}.{name}": shape for name, shape in self._layer_shapes().items()}
+            shapes |= {f"transformer.layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
         if stage == self.pp_size - 1:
             shapes |= self._norm_shapes("transformer.ln_f")
             shapes["lm_head.weight"] = (math.ceil(self.vocab_size / tp), hidden)
@@ -256,16 +291,24 @@ class EngineConfig:
         kinds = ("weight", "bias") if self.layer_norm else ("weight",)
         return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
 
-    def _layer_shapes(self) -> dict[str, Shape]:
+    def _layer_shapes(self, shared_in_mlp: bool) -> dict[str, Shape]:
         hidden, queries = self.hidden_size, self.local_heads * self.head_size
         qkv = queries + 2 * self.local_kv_heads * self.head_size
         ffn = int(self.raw["intermediate_size"]) // self.tp_size
         shapes = {name: shape for norm in self.layer_norms for name, shape in self._norm_shapes(norm).items()}
-        linears = {"attention.qkv": (qkv, hidden), "attention.dense": (hidden, queries), "mlp.fc": (ffn, hidden)}
-        linears |= {"mlp.gate": (ffn, hidden)} if self.gated else {}
-        for name, shape in {**linears, "mlp.proj": (hidden, ffn)}.items():
+        if self.qk_norm:
+            shapes |= dict.fromkeys(("attention.q_layernorm.weight", "attention.k_layernorm.weight"), (self.head_size,))
+        linears = {"attention.qkv": (qkv, hidden), "attention.dense": (hidden, queries)}
+        biased = {"attention.qkv": self.attention_bias, "attention.dense": self.dense_bias}
+        experts = self.experts
+        if experts is not None:
+            shapes |= experts.shapes(shared_in_mlp=shared_in_mlp)
+        else:
+            linears |= {"mlp.fc": (ffn, hidden), "mlp.proj": (hidden, ffn)}
+            linears |= {"mlp.gate": (ffn, hidden)} if self.gated else {}
+        for name, shape in linears.items():
             shapes[f"{name}.weight"] = shape
-            if self.attention_bias if name.startswith("attention") else self.mlp_bias:
+            if biased.get(name, self.mlp_bias):
                 shapes[f"{name}.bias"] = shape[:1]
         return shapes
 
@@ -282,6 +325,16 @@ class RankFile:
         tensor: torch.Tensor = self.handle.get_tensor(name)
         return tensor
 
+    def load_one(self, name: str, number: int) -> torch.Tensor:
+        """One expert's part of a stacked tensor."""
+        tensor: torch.Tensor = self.handle.get_slice(name)[number]
+        return tensor
+
+    @property
+    def shared_in_mlp(self) -> bool:
+        """Whether the shared expert is where 0.16 and later have it."""
+        return any(name.endswith(SHARED_EXPERT_IN_MLP) for name in self.handle.keys())
+
     def faults(self, expected: Mapping[str, Shape], dtype: str) -> Iterator[str]:
         """What the engine's loader would refuse or warn about."""
         names = set(self.handle.keys()) - ROTARY_TABLES
@@ -291,8 +344,9 @@ class RankFile:
         for name in sorted(expected.keys() & names):
             part = self.handle.get_slice(name)
             found = (tuple(part.get_shape()), part.get_dtype())
-            if found != (expected[name], _SAFETENSORS_DTYPES[dtype]):
-                wanted = f"{_SAFETENSORS_DTYPES[dtype]} {list(expected[name])}"
+            kind = "F32" if name.endswith(ROUTER) else _SAFETENSORS_DTYPES[dtype]
+            if found != (expected[name], kind):
+                wanted = f"{kind} {list(expected[name])}"
                 yield f"{file}: {name} is {found[1]} {list(found[0])}, expected {wanted}"
 
 
@@ -307,7 +361,8 @@ def open_ranks(folder: Path) -> tuple[EngineConfig, list[RankFile]]:
     for rank in range(config.tp_size * config.pp_size):
         file = _open(folder / f"rank{rank}.safetensors", faults)
         if file is not None:
-            faults.extend(file.faults(config.shapes(rank // config.tp_size), str(config.raw["dtype"])))
+            shapes = config.shapes(rank // config.tp_size, shared_in_mlp=file.shared_in_mlp)
+            faults.extend(file.faults(shapes, str(config.raw["dtype"])))
             ranks.append(file)
     faults.raise_if_any()
     return config, ranks

@@ -1,6 +1,6 @@
 """A reference interpreter of TensorRT-LLM checkpoints in plain torch: what the engine would compute, without TensorRT.
 
-It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,gemma,falcon}, layers/attention.py,
+It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,qwen,gemma,falcon}, layers/attention.py,
 mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel rank's share is computed from
 that rank's file only and combined as the engine's all-reduce and all-gather would; pipeline stages run one after the
 other with their own layer numbers. Only one layer's weights are in memory at a time.
@@ -19,8 +19,10 @@ import torch
 from torch.nn import functional
 
 from dist_export.verify import trace as at
+from dist_export.verify import trtllm_expert_layer as expert_layer
 from dist_export.verify.trace import Point, Trace
-from dist_export.verify.trtllm_engine import EngineConfig, RankFile, open_ranks
+from dist_export.verify.trtllm_engine import QK_NORM_EPSILON, EngineConfig, RankFile, open_ranks
+from dist_export.verify.trtllm_experts import Experts
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -177,27 +179,33 @@ class _Layer:
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.config.attention_bias
-        parts = [
-            self._heads(self.parent.linear(file, self.prefix + "attention.qkv", x, bias=bias)) for file in self.files
-        ]
+        qkv = [self.parent.linear(file, self.prefix + "attention.qkv", x, bias=bias) for file in self.files]
+        parts = [self._heads(file, product) for file, product in zip(self.files, qkv, strict=True)]
         for number, name in enumerate((at.QUERY, at.KEY, at.VALUE)):
             gathered = torch.cat([part[number] for part in parts], 2)
             self._record(name, gathered, f"attention.qkv ({name} rows)")
         contexts = [self._attend(*part) for part in parts]
         self._record(at.CONTEXT, torch.cat(contexts, -1), "attention.qkv")
-        out = self.parent.row_linear(self.files, self.prefix + "attention.dense", contexts, bias)
+        out = self.parent.row_linear(self.files, self.prefix + "attention.dense", contexts, self.config.dense_bias)
         out = self._returned("post_layernorm", out)
         self._record(at.ATTENTION_OUTPUT, out, "attention.dense")
         return out
 
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _heads(self, file: RankFile, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One rank's fused product -> its query, key and value heads [batch, position, head, head size], rotated."""
         queries, keys = self.config.local_heads, self.config.local_kv_heads
         heads = qkv.reshape(*qkv.shape[:-1], -1, self.config.head_size)
         query, key, value = torch.split(heads, [queries, keys, keys], 2)
+        if self.config.qk_norm:
+            query, key = self._normed(file, "q_layernorm", query), self._normed(file, "k_layernorm", key)
         if self.rotary is not None:
             query, key = self.rotary.rotate(query), self.rotary.rotate(key)
         return query, key, value
+
+    def _normed(self, file: RankFile, name: str, heads: torch.Tensor) -> torch.Tensor:
+        """Every head by itself, with one weight for all."""
+        weight = self.parent.load(file, f"{self.prefix}attention.{name}.weight")
+        return functional.rms_norm(heads, (self.config.head_size,), weight, QK_NORM_EPSILON)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention of one rank's heads: consecutive query heads share a key/value head."""
@@ -214,6 +222,8 @@ class _Layer:
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         """mlp.py: ``fc`` is activated; a gated MLP multiplies that with ``gate``."""
+        if self.config.experts is not None:
+            return self._experts(self.config.experts, x)
         bias, gated = self.config.mlp_bias, self.config.gated
         fc = [self.parent.linear(file, self.prefix + "mlp.fc", x, bias=bias) for file in self.files]
         self._record(at.GATE if gated else at.UP, torch.cat(fc, -1), "mlp.fc")
@@ -226,6 +236,19 @@ class _Layer:
         out = self.parent.row_linear(self.files, self.prefix + "mlp.proj", inner, bias)
         out = self._returned("post_feedforward_layernorm", out)
         self._record(at.MLP_OUTPUT, out, "mlp.proj")
+        return out
+
+
+    def _experts(self, experts: Experts, x: torch.Tensor) -> torch.Tensor:
+        weights = expert_layer.router_weights(experts, self.files[0], self.prefix, x)
+        self._record(at.ROUTER, weights, "mlp.router")
+        act = ACTIVATIONS[self.config.activation]
+        parts = [
+            expert_layer.rank_output(experts, rank, file, self.prefix, x, weights, act)
+            for rank, file in enumerate(self.files)
+        ]
+        out = sum_of(parts)
+        self._record(at.MLP_OUTPUT, out, expert_layer.sources(experts))
         return out
 
 

@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 EXPECTED = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "expected").glob("*.json"))}
 #: Fields in which we may differ: the class name where both load, hints that no loader reads, and nested
 #: keys that some release would refuse.
-NOT_COMPARED = {"architecture", "gpt_variant", "moe"}
+NOT_COMPARED = {"architecture", "gpt_variant", "moe", "layer_types", "num_kv_heads_per_layer"}
 
 
 def layouts():
     for checkpoint, family in CHECKPOINTS.items():
-        for layout in EXPECTED[family]["layouts"]:
+        for layout in EXPECTED.get(family, {}).get("layouts", ()):  # some have no engine model
             yield pytest.param(HERE / "checkpoints" / checkpoint, family, layout, id=f"{checkpoint}-{layout}")
     for family, expected in EXPECTED.items():
         if "options" in expected:

@@ -9,6 +9,10 @@ CHECKPOINTS = {
     "mixtral_core_0_16_pp2ep2": "mixtral",
     "starcoder2_core_0_16_tp2": "starcoder2",
     "starcoder_core_0_16_tp2": "starcoder",
+    "deepseek_v3_core_0_16": "deepseek_v3",
+    "moonlight_core_0_16_tp2": "moonlight",
+    "deepseek_v2_core_0_16": "deepseek_v2",
+    "decilm_core_0_16": "decilm",
     "gemma_bridge_core_0_16_tp2": "gemma",
     "gemma2_bridge_core_0_16_tp2": "gemma2",
 }

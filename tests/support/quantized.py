@@ -81,9 +81,7 @@ def reshard(
             yield rank, tuple(start), tuple(size)
 
     write_torch_dist(folder, tensors, args=None, chunks=chunks, extra_objects=objects)
-    common = torch.load(source / "common.pt", weights_only=False)
-    common["args"].tensor_model_parallel_size = tp
-    torch.save(common, folder / "common.pt")
+    shutil.copyfile(source / "common.pt", folder / "common.pt")
     shutil.copytree(source / "modelopt_state", folder / "modelopt_state")
     (target / "latest_checkpointed_iteration.txt").write_text("10")
     return target
