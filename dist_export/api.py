@@ -69,7 +69,7 @@ class OpenedModel:
     def quantization(self, family: Family) -> Quantization | None:
         """How its export quantises, None when it does not. Reads the quantisers' states on first use."""
         if not self._states:
-            self._states.append(read_quantiser_states(self.checkpoint))
+            self._states.append(read_quantiser_states(self.checkpoint, self.options))
         logical = LogicalModel(self.catalog, family.source_rules, self.resolved.config)
         return decide(self._states[0], self.quantizers, logical, self.options)
 

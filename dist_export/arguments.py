@@ -91,13 +91,17 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the model that the adapters in CHECKPOINT belong to")  # fmt: skip
     source.add_argument("--master-weights", action="store_true",
                         help="take the fp32 weights out of the optimizer's state")  # fmt: skip
-    source.add_argument("--quantization", default="auto", choices=("auto", "none", "fp8", "nvfp4", "int8_wo", "int4_wo"),
-                        help="auto (default): as the checkpoint was quantised")  # fmt: skip
+    source.add_argument("--quantization", default="auto", metavar="SCHEME",
+                        choices=("auto", "none", "fp8", "fp8_per_channel", "nvfp4", "int8_wo", "int4_wo"),
+                        help="auto (default): as the checkpoint was quantised; none, fp8, fp8_per_channel, nvfp4, "
+                             "int8_wo, int4_wo")  # fmt: skip
     source.add_argument("--calibration", type=Path, metavar="FILE", help="safetensors with amax values of quantisers")
     source.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
                         help="Megatron modules that are not quantised; repeatable")  # fmt: skip
     source.add_argument("--kv-cache", default="auto", choices=("auto", "none", "fp8", "int8"), help="its quantisation")
     source.add_argument("--kv-cache-scale", type=float, metavar="X", help="of every layer, where none was calibrated")
+    source.add_argument("--te-version", metavar="X.Y",
+                        help="TransformerEngine's release in training, for FP8 scales of experts")  # fmt: skip
     source.add_argument("--family", metavar="NAME", help="model family, where it is not to be found out")
     source.add_argument("--mapping", type=Path, metavar="FILE", help="YAML with rules for a model of your own")
     source.add_argument("--allow-mapping-code", action="store_true", help="let --mapping be a Python file, and run it")
@@ -162,6 +166,7 @@ def source_of(options: argparse.Namespace) -> Source:
             exclude=tuple(options.exclude),
             kv_cache=options.kv_cache,
             kv_cache_scale=options.kv_cache_scale,
+            te_version=options.te_version,
         ),
         calibration=options.calibration,
         mapping=mapping_from(options.mapping, code_allowed=options.allow_mapping_code) if options.mapping else None,

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dist_export import __version__
 from dist_export.arguments import (
@@ -44,6 +45,10 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     add_source_arguments(plan)
     add_target_arguments(plan)
     plan.add_argument("--json", action="store_true", help="print the whole plan as JSON")
+    page = commands.add_parser("report", help="write the page export_report.html of an export anew")
+    page.add_argument("output", type=Path, metavar="OUTPUT", help="a published export")
+    page.add_argument("--verification", type=Path, metavar="FILE", help="what `dist-export verify --json` printed")
+    page.add_argument("--html", type=Path, metavar="FILE", help="where to write it, default OUTPUT/export_report.html")
     families = commands.add_parser("families", help="the model families, and what each can be exported to")
     families.add_argument("--markdown", action="store_true", help="as the table of the README")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
@@ -54,7 +59,10 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
     options = build_parser().parse_args(arguments)
-    commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "families": _families}
+    commands = {
+        **{"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify},
+        **{"families": _families, "report": _report},
+    }
     try:
         return commands[options.command](options)
     except ExportError as error:
@@ -86,6 +94,19 @@ def _verify(options: argparse.Namespace) -> int:
     from dist_export.verify.command import verify_command
 
     return verify_command(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from dist_export import export_report
+
+    page = export_report.render_folder(options.output, verification=options.verification)
+    place = options.html or options.output / export_report.NAME
+    try:
+        place.write_text(page)
+    except OSError as error:
+        raise ExportError(f"{place}: {error.strerror}") from error
+    print(place)
+    return exit_codes.OK
 
 
 def _families(options: argparse.Namespace) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 
+from dist_export.activation_scales import InputScales, kv_cache_scheme, te_input_scales, with_kv_cache
 from dist_export.checkpoint.extra_state_records import read_states
 from dist_export.checkpoint.modelopt_files import read_modelopt_files
 from dist_export.checkpoint.modelopt_state import ModeloptScheme, modelopt_scheme_of
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
-from dist_export.checkpoint.te_states import Activation, TeScales, te_scales_of
+from dist_export.checkpoint.te_states import ExpertGroups, TeScales, te_scales_of
 from dist_export.errors import ExportError, Faults
-from dist_export.models.config import ModelConfig
 from dist_export.models.logical import LogicalModel
 from dist_export.models.quantization import (
     STATIC_INPUT,
@@ -28,6 +29,7 @@ from dist_export.models.quantization import (
 AUTO, NONE = "auto", "none"
 ASKED: Mapping[str, Scheme] = {
     "fp8": Scheme.FP8,
+    "fp8_per_channel": Scheme.FP8_PER_CHANNEL_PER_TOKEN,
     "nvfp4": Scheme.NVFP4,
     "int8_wo": Scheme.INT8_WO,
     "int4_wo": Scheme.INT4_WO,
@@ -47,6 +49,16 @@ class QuantizationOptions:
     """``auto``: as the checkpoint says; ``none``, ``fp8``, ``int8``."""
     kv_cache_scale: float | None = None
     """Of every layer, instead of the checkpoint's."""
+    te_version: str | None = None
+    """TransformerEngine's release in training, ``2.1``, where the states of grouped experts do not tell."""
+
+    @property
+    def te_release(self) -> tuple[int, int] | None:
+        """`te_version` as numbers. Raises `ExportError`."""
+        match = re.match(r"v?(\d+)\.(\d+)", self.te_version) if self.te_version is not None else None
+        if self.te_version is not None and match is None:
+            raise ExportError(f"--te-version {self.te_version}: expected a release like 2.1")
+        return (int(match[1]), int(match[2])) if match else None
 
     @classmethod
     def from_plain(cls, values: Mapping[str, object]) -> QuantizationOptions:
@@ -64,13 +76,11 @@ class States:
     te: TeScales
 
 
-def read_quantiser_states(checkpoint: Checkpoint) -> States:
+def read_quantiser_states(checkpoint: Checkpoint, options: QuantizationOptions) -> States:
     """Read the layers' states and ModelOpt's files. `ExportError` for what cannot be read."""
-    arguments = checkpoint.arguments or {}
     states = list(read_states(checkpoint.index))
-    experts, ranks = arguments.get("num_experts"), arguments.get("expert_model_parallel_size")
-    local = experts // ranks if isinstance(experts, int) and isinstance(ranks, int) and ranks > 0 else None
-    te = te_scales_of(states, grouped_gemm=arguments.get("moe_grouped_gemm") is True, num_local_experts=local)
+    groups = ExpertGroups.of_arguments(checkpoint.arguments)
+    te = te_scales_of(states, **asdict(groups), te_version=options.te_release)
     saved = read_modelopt_files(checkpoint.index)
     return States(modelopt_scheme_of(saved, states, origin=str(checkpoint.index.folder)), te)
 
@@ -83,24 +93,56 @@ def decide(
     Raises `ExportError` for a quantised checkpoint whose weights cannot be taken as they are, for schemes that cannot
     be exported, and for activations without a scale.
     """
-    modules = [name for name in linear_modules(logical) if not _excluded(name, options.exclude)]
+    modules = _included(logical, options.exclude)
     if options.algorithm == NONE:
         _refuse_smoothed(tensors)
-        return None
-    if options.algorithm != AUTO:
-        return _asked(states, tensors, logical, options, modules)
-    if states.modelopt is None:
-        if any(True for _ in tensors.catalog.patterns()):
-            raise ExportError(
-                "the checkpoint has quantiser tensors but no state that tells how it is quantised (modelopt_state/ beside "
-                "the records); give --quantization, or --quantization none to export the weights as they are"
-            )
-        return _with_kv_cache(None, states, tensors, logical, options)
-    schemes = {name: each for name, each in states.modelopt.linears(modules).items() if each.scheme is not Scheme.NONE}
+        found = None
+    elif options.algorithm != AUTO:
+        found = _asked(states, tensors, logical, options, modules)
+    elif states.modelopt is not None:
+        found = _as_calibrated(states.modelopt, tensors, logical, options, modules)
+    else:
+        _refuse_unexplained(tensors)
+        found = None
+    kv_cache = kv_cache_scheme(states.modelopt, logical.config.num_layers, options.kv_cache, options.kv_cache_scale)
+    if kv_cache is KvScheme.NONE:
+        return found
+    found = found or Quantization({}, logical, tensors, f"KV cache in {kv_cache.value}")
+    return with_kv_cache(found, states.te, kv_cache, options.kv_cache_scale)
+
+
+def _included(logical: LogicalModel, patterns: tuple[str, ...]) -> list[ModuleName]:
+    """The linears that no pattern leaves out. `ExportError` for patterns that match none."""
+    modules = list(linear_modules(logical))
+    unused = [each for each in patterns if not any(fnmatch(str(name), each) for name in modules)]
+    if unused:
+        example = f", like {modules[0]}" if modules else ""
+        raise ExportError(f"--exclude {unused[0]}: matches no linear of a transformer layer{example}")
+    return [name for name in modules if not _excluded(name, patterns)]
+
+
+def _as_calibrated(
+    modelopt: ModeloptScheme,
+    tensors: QuantizerTensors,
+    logical: LogicalModel,
+    options: QuantizationOptions,
+    modules: list[ModuleName],
+) -> Quantization | None:
+    """As ModelOpt has quantised the model."""
+    named = modelopt.linears(linear_modules(logical))
+    left_out = set(named) - set(modules)
+    faults = Faults("--exclude: the weight is stored smoothed or quantised, and means nothing without its scales")
+    faults.extend(str(name) for name in named if name in left_out and _is_changed(tensors, name, named[name]))
+    faults.raise_if_any()
+    schemes = {name: named[name] for name in modules if named[name].scheme is not Scheme.NONE}
     _refuse_unknown(schemes)
-    origin = f"ModelOpt {states.modelopt.version} ({states.modelopt.algorithm or 'calibrated'})".replace("  ", " ")
-    found = Quantization(schemes, logical, tensors, origin) if schemes else None
-    return _with_kv_cache(found, states, tensors, logical, options)
+    origin = f"ModelOpt {modelopt.version} ({modelopt.algorithm or 'calibrated'})".replace("  ", " ")
+    return Quantization(schemes, logical, tensors, origin) if schemes else None
+
+
+def _is_changed(tensors: QuantizerTensors, name: ModuleName, scheme: LinearScheme) -> bool:
+    factor = tensors.find(name, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
+    return scheme.scheme is not Scheme.NONE and (scheme.compressed or factor is not None)
 
 
 def linear_modules(logical: LogicalModel) -> Iterator[ModuleName]:
@@ -132,54 +174,55 @@ def _asked(
     options: QuantizationOptions,
     modules: list[ModuleName],
 ) -> Quantization:
+    """As the user asks, of a checkpoint that is not quantised."""
     scheme = ASKED[options.algorithm]
     if states.modelopt is not None:
         raise ExportError(
-            f"--quantization {options.algorithm}: ModelOpt has quantised this checkpoint; leave the option out to export "
-            "it as it was calibrated"
+            f"--quantization {options.algorithm}: ModelOpt has quantised this checkpoint; leave the option out to "
+            "export it as it was calibrated"
         )
     _refuse_smoothed(tensors)
+    if not modules:
+        raise ExportError(f"--quantization {options.algorithm}: --exclude leaves no linear of the model")
     size = 16 if scheme is Scheme.NVFP4 else None
     schemes = {name: LinearScheme(scheme, group_size=size) for name in modules}
-    scales: dict[ModuleName, float] = {}
-    if scheme in STATIC_INPUT:
-        scales = _input_scales(states.te, tensors, modules, options)
-    if scheme is not Scheme.FP8 and scales:
-        raise ExportError(f"--quantization {options.algorithm}: TransformerEngine's scales are of FP8; give --calibration")
-    found = Quantization(schemes, logical, tensors, f"--quantization {options.algorithm}", scales)
-    with_kv = _with_kv_cache(found, states, tensors, logical, options)
-    assert with_kv is not None
-    return with_kv
+    inputs = InputScales()
+    if scheme is Scheme.FP8:
+        inputs = te_input_scales(states.te, tensors, modules)
+    elif scheme in STATIC_INPUT:
+        _require_amax(tensors, modules, options.algorithm)
+    origin = f"--quantization {options.algorithm}"
+    return Quantization(schemes, logical, tensors, origin, inputs.scales, notes=tuple(inputs.notes))
 
 
-def _input_scales(
-    te: TeScales, tensors: QuantizerTensors, modules: list[ModuleName], options: QuantizationOptions
-) -> dict[ModuleName, float]:
-    """TransformerEngine's, of modules that no calibration file has an amax of. `ExportError` naming all without."""
-    faults, scales = Faults(f"--quantization {options.algorithm}: activations without a scale"), {}
-    broken = {fault.module: fault.message for fault in te.faults}
-    for module in modules:
-        if tensors.find(module, Quantizer.INPUT, Quantity.AMAX) is not None:
-            continue
-        found = te.scales.get((module, Activation.INPUT))
-        if found is not None:
-            scales[module] = found.dequantise
-        else:
-            why = broken.get(module) or te.without.get(module) or "the checkpoint has no state of it"
-            faults.add(f"{module}: {why}")
-    if faults:
-        hint = "give --calibration FILE with their amax, or leave modules out with --exclude PATTERN"
-        raise ExportError(f"{faults}\n  {hint}")
-    return scales
+def _require_amax(tensors: QuantizerTensors, modules: list[ModuleName], asked: str) -> None:
+    """`ExportError` naming every module of whose input no amax is known."""
+    faults = Faults(f"--quantization {asked} needs the amax of every linear's input; give --calibration FILE with them")
+    faults.extend(str(name) for name in modules if tensors.find(name, Quantizer.INPUT, Quantity.AMAX) is None)
+    faults.raise_if_any()
+
+
+def _refuse_unexplained(tensors: QuantizerTensors) -> None:
+    """Quantisers' tensors that no state explains."""
+    patterns = list(tensors.catalog.patterns())
+    if any(not name.endswith(("_bmm_quantizer._amax", ".output_quantizer._amax")) for name in patterns):
+        raise ExportError(
+            "the checkpoint has quantiser tensors but no state that tells how it is quantised (modelopt_state/ beside "
+            "the records); give --quantization, or --quantization none to export the weights as they are"
+        )
 
 
 def _refuse_smoothed(tensors: QuantizerTensors) -> None:
     bad = [name for name in tensors.catalog.patterns() if name.endswith(("_pre_quant_scale", "._scale"))]
     if bad:
         raise ExportError(
-            f"the weights are stored smoothed or quantised ({bad[0]} and {len(bad) - 1} more): they mean nothing without "
-            "their scales. Leave --quantization out to export them as they were calibrated"
+            f"the weights are stored smoothed or quantised ({bad[0]} and {len(bad) - 1} more): they mean nothing "
+            "without their scales. Leave --quantization out to export them as they were calibrated"
         )
+
+
+COMPRESSED = (Scheme.FP8, Scheme.NVFP4)
+"""Of these, weights that are stored quantised (``mtq.compress``) have the very form in which they are served."""
 
 
 def _refuse_unknown(schemes: Mapping[ModuleName, LinearScheme]) -> None:
@@ -187,49 +230,9 @@ def _refuse_unknown(schemes: Mapping[ModuleName, LinearScheme]) -> None:
     for name, each in schemes.items():
         if each.scheme not in SUPPORTED:
             faults.add(f"{name}: {each.scheme.value}")
-        elif each.compressed:
-            faults.add(f"{name}: its weight is stored quantised (mtq.compress); export the model before it is compressed")
+        elif each.compressed and each.scheme not in COMPRESSED:
+            faults.add(
+                f"{name}: its {each.scheme.value} weight is stored quantised (mtq.compress), in another order and with "
+                "rounded scales; export the model as it was before it was compressed"
+            )
     faults.raise_if_any()
-
-
-def _with_kv_cache(
-    found: Quantization | None,
-    states: States,
-    tensors: QuantizerTensors,
-    logical: LogicalModel,
-    options: QuantizationOptions,
-) -> Quantization | None:
-    scheme = _kv_scheme(states, logical.config, options)
-    if scheme is KvScheme.NONE:
-        return found
-    if scheme not in (KvScheme.FP8, KvScheme.INT8):
-        raise ExportError(f"a KV cache in {scheme.value} cannot be exported")
-    found = found or Quantization({}, logical, tensors, f"KV cache in {scheme.value}")
-    found = replace(found, kv_cache=scheme, kv_cache_scale=options.kv_cache_scale)
-    faults = Faults(f"KV cache in {scheme.value}")
-    if options.kv_cache_scale is None:
-        for layer in range(logical.config.num_layers):
-            if any(each is None for each in found.kv_amax(layer)):
-                faults.add(
-                    f"layer {layer}: neither the checkpoint nor a calibration file has the amax of its keys and values; "
-                    "give --kv-cache-scale, or --kv-cache none"
-                )
-    faults.raise_if_any()
-    return found
-
-
-def _kv_scheme(states: States, config: ModelConfig, options: QuantizationOptions) -> KvScheme:
-    if options.kv_cache != AUTO:
-        return KvScheme[options.kv_cache.upper()]
-    if options.kv_cache_scale is not None:
-        return KvScheme.FP8
-    if states.modelopt is None:
-        return KvScheme.NONE
-    found = set()
-    for layer in range(config.num_layers):
-        attention = "decoder.layers.{layer}.self_attention."
-        names = (ModuleName(attention + each, layer) for each in ("core_attention", "linear_qkv"))
-        found.add(states.modelopt.kv_cache(*names))
-    if len(found) > 1:
-        raise ExportError("layers differ in how their KV cache is quantised; choose with --kv-cache")
-    return found.pop()

@@ -24,7 +24,9 @@ from dist_export.convert.profile import Profile
 from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
+from dist_export import export_report
 from dist_export.errors import ExportError
+from dist_export.export_report import render_folder
 from dist_export.local_staging import local_folder, make_local_folder, read_token, remove_local_folder, write_token
 from dist_export.manifest import (
     CollectedReports,
@@ -306,6 +308,7 @@ class ExportSession:
         )
         computed = [use for use in computed if use.output.planned.recipe is None]
         executor.converter = self._converter(computed) if computed else None
+        executor.reader = ViewReader(executor.sources, index.shapes(), self.job.catalog.updates)
         if encoded:
             executor.encoder = self._encoder(executor.sources)
         return executor
@@ -319,7 +322,8 @@ class ExportSession:
         if device == "auto":
             device = default_device(self.group.world.local_rank)
         assert self._table is not None, "the scale phase comes first"
-        return Encoder(self._table, ViewReader(sources, self.checkpoint.index.shapes(), self.job.catalog.updates), device)
+        shapes, updates = self.checkpoint.index.shapes(), self.job.catalog.updates
+        return Encoder(self._table, ViewReader(sources, shapes, updates, self._table.rows), device)
 
     def _find_scales(self) -> None:
         quantization = next((plan.quantization for plan in self.job.plans if plan.quantization), None)
@@ -373,6 +377,8 @@ class ExportSession:
             for name, document in {publication.MANIFEST: manifest, **plan.documents()}.items():
                 text = json.dumps(document, indent=2) + "\n"
                 publication.write_file(folder / plan.folder / name, text.encode())
+            page = render_folder(folder / plan.folder, shown_as=self.options.output / plan.folder)
+            publication.write_file(folder / plan.folder / export_report.NAME, page.encode())
             publication.sync_folder(folder / plan.folder)
         self.staging.publish()
 

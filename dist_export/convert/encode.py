@@ -60,6 +60,8 @@ class Encoder:
             one = self.table.input_scale if recipe.of_inputs else self.table.weight_scale
             found = [max(one(group, recipe.divisor), np.float32(recipe.at_least)) for group in recipe.groups]
             values = np.array(found, np.float32)
+        elif isinstance(recipe, Stored) and recipe.divisor is None and recipe.dtype == planned.dtype:
+            return np.ascontiguousarray(self.reader.rows(recipe.view, recipe.dtype, rows)).reshape(-1).view(np.uint8)
         elif isinstance(recipe, Stored):
             values = self.reader.values(recipe.view, recipe.dtype, rows)
             if recipe.divisor is not None:

@@ -20,9 +20,11 @@ from dist_export.convert.journal import Done, Journal
 from dist_export.convert.ledger import Ledger
 from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.outputs import WritableFile
+from dist_export.convert.permute import permuted_slices
 from dist_export.convert.profile import NO_PROFILE
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.tiles import Tile, TileRead, cut
+from dist_export.convert.view_reader import ViewReader
 from dist_export.plan.recipes import Stored
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import Fill, OutputTensor, Use, WorkItem, flat_shape
@@ -119,6 +121,7 @@ class Executor:
         self.ledger = Ledger()
         self.converter: Converter | None = None
         self.encoder: TensorEncoder | None = None
+        self.reader: ViewReader | None = None
         self.profile = NO_PROFILE
         self.done = Done({})
         """What an earlier run has written."""
@@ -128,7 +131,9 @@ class Executor:
     def run(self, items: Sequence[WorkItem], fills: Iterable[Fill]) -> None:
         """Do all of the work. The first failure stops every thread and is raised."""
         for fill in fills:
-            if fill.output.planned.is_small:
+            if fill.output.planned.is_permuted:
+                self._write_permuted(fill.output)
+            elif fill.output.planned.is_small:
                 self._write_small(fill.output)
             else:
                 self._write_zeros(fill)
@@ -276,6 +281,16 @@ class Executor:
         for first in range(0, num_rows, step):
             data = self.encoder.small(planned, (first, min(first + step, num_rows)))
             self._write(output, first * width * planned.dtype.itemsize, memoryview(data.data).cast("B"))
+
+    def _write_permuted(self, output: OutputTensor) -> None:
+        """A tensor whose slices along the leading dim are put in order, one at a time."""
+        planned = output.planned
+        assert self.reader is not None, f"{planned.name} needs a reader"
+        offset = 0
+        for data in permuted_slices(planned, self.reader):
+            self._write(output, offset, memoryview(data.data).cast("B"))
+            self.observer.progress(data.nbytes, data.nbytes)
+            offset += data.nbytes
 
     def _write_zeros(self, fill: Fill) -> None:
         output, itemsize = fill.output, fill.output.planned.dtype.itemsize

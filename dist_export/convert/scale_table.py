@@ -7,8 +7,10 @@ and one MAX all-reduce gives all processes the same table, whatever their number
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,13 @@ from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceTensor
-from dist_export.models.quantization import PER_TENSOR, STATIC_INPUT, Quantization, kv_module
+from dist_export.models.quantization import PER_TENSOR, STATIC_INPUT, Quantization, kv_module, row_slab
 from dist_export.tensors.dtypes import dtype_by_name
 
 Float32 = npt.NDArray[np.float32]
 MEASURE_BYTES = 1 << 20
+MOST_ROWS = 1 << 26
+"""Rows of all weights together whose amax a table may hold, 256 MiB of float32 per process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +38,20 @@ class ScaleTable:
     inputs: Mapping[ModuleName, np.float32]
     input_scales: Mapping[ModuleName, float]
     """Dequantisation scales of FP8 activations where training kept those; exact, so never turned into an amax."""
+    weight_scales: Mapping[ModuleName, float] = field(default_factory=dict)
+    """Dequantisation scales of weights that are stored quantised."""
+    rows: Mapping[str, Float32] = field(default_factory=dict)
+    """Measured amax of the rows of weights, by the name of `row_slab`."""
 
     def weight_scale(self, modules: Iterable[ModuleName], divisor: float) -> np.float32:
         """amax / divisor of the modules together. A weight of zeros has scale 1."""
-        amax = max(self.weights[module] for module in modules)
-        return _scale(amax, divisor)
+        return _largest(modules, self.weights, self.weight_scales, divisor)
 
     def input_scale(self, modules: Iterable[ModuleName], divisor: float) -> np.float32:
         """amax / divisor of the modules' activations together."""
         known = list(modules)
-        scales = [np.float32(self.input_scales[each]) for each in known if each in self.input_scales]
-        if scales:
-            assert len(scales) == len(known) and divisor == FP8_MAX, "training keeps FP8 scales of all or none"
-            return max(scales)
-        return _scale(max(self.inputs[module] for module in known), divisor)
+        assert divisor == FP8_MAX or not any(each in self.input_scales for each in known), "training keeps FP8 scales"
+        return _largest(known, self.inputs, self.input_scales, divisor)
 
     def encode(self) -> bytes:
         """As bytes for a file; `decode` gives the same table."""
@@ -55,18 +59,20 @@ class ScaleTable:
             {module: float(value) for module, value in self.weights.items()},
             {module: float(value) for module, value in self.inputs.items()},
             self.input_scales,
+            self.weight_scales,
         )
         plain = [[[m.pattern, m.layer, m.expert, value] for m, value in each.items()] for each in tables]
-        return json.dumps(plain).encode()
+        rows = {name: b64encode(values.astype("<f4").tobytes()).decode() for name, values in self.rows.items()}
+        return json.dumps([*plain, rows]).encode()
 
     @staticmethod
     def decode(data: bytes) -> ScaleTable:
         """What `encode` made."""
-        tables = [
-            {ModuleName(pattern, layer, expert): np.float32(value) for pattern, layer, expert, value in each}
-            for each in json.loads(data)
-        ]
-        return ScaleTable(tables[0], tables[1], {module: float(value) for module, value in tables[2].items()})
+        *plain, rows = json.loads(data)
+        tables = [{ModuleName(*name): value for *name, value in each} for each in plain]
+        weights, inputs = ({m: np.float32(value) for m, value in each.items()} for each in tables[:2])
+        by_row = {name: np.frombuffer(b64decode(text), "<f4") for name, text in rows.items()}
+        return ScaleTable(weights, inputs, tables[2], tables[3], by_row)
 
 
 FP8_MAX, NVFP4_MAX, INT8_MAX, INT4_MAX = 448.0, 6.0 * 448.0, 127.0, 7.0
@@ -76,6 +82,16 @@ def _scale(amax: np.float32, divisor: float) -> np.float32:
     return _float32(amax / np.float32(divisor)) if amax > 0 else _float32(1.0)
 
 
+Amax = Mapping[ModuleName, np.float32]
+
+
+def _largest(modules: Iterable[ModuleName], amax: Amax, exact: Mapping[ModuleName, float], divisor: float) -> np.float32:
+    known = list(modules)
+    scales = [_float32(exact[each]) for each in known if each in exact]
+    found = [amax[each] for each in known if each not in exact]
+    return max([*scales, _scale(max(found), divisor)] if found else scales)
+
+
 def _float32(value: Any) -> np.float32:
     result: np.float32 = np.float32(value)
     return result
@@ -83,39 +99,78 @@ def _float32(value: Any) -> np.float32:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One number of the table to find: stored as a scalar, or measured on the module's weights."""
+    """Numbers of the table to find: one that is stored, or what is measured on the module's weights."""
 
     module: ModuleName
     of_input: bool
     stored: SourceTensor | None
     measured: tuple[SourceTensor, ...] = ()
+    """Where nothing is stored, or only the 0 of a weight that calibration never saw."""
+    is_scale: bool = False
+    """The stored number is no amax but what codes are multiplied by."""
+    num_rows: int = 0
+    """More than 0: the amax of each row of the one measured weight."""
 
     @property
     def num_bytes(self) -> int:
         """Weight bytes to read for it."""
-        return sum(_num_bytes(each) for each in self.measured)
+        return 0 if self.stored else sum(_num_bytes(each) for each in self.measured)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it is."""
+        return self.num_rows or 1
 
 
 def entries_of(quantization: Quantization) -> list[Entry]:
-    """What has to be found, in the same order everywhere. `ExportError` naming every activation without a scale."""
+    """What has to be found, in the same order everywhere.
+
+    Raises `ExportError` naming every activation without a scale, and for more rows than a table may hold.
+    """
     faults, entries = Faults("activations without a scale"), []
     for module in quantization.modules():
         scheme = quantization.schemes[module]
         if scheme.scheme in PER_TENSOR:
-            level = 1 if scheme.scheme is Scheme.W4A8_AWQ else None
-            stored = quantization.tensors.find(module, Quantizer.WEIGHT, Quantity.AMAX, level)
-            entries.append(Entry(module, False, stored, () if stored else weights_of(quantization, module)))
+            entries.append(_weight_entry(quantization, module))
+        elif quantization.is_measured(module):
+            parts = weights_of(quantization, module)
+            entries += [Entry(module, False, None, (each,), num_rows=each.shape[0]) for each in parts]
         if scheme.scheme in STATIC_INPUT and module not in quantization.input_scales:
             stored = quantization.tensors.find(module, Quantizer.INPUT, Quantity.AMAX)
-            if stored is None:
+            if stored is not None:
+                entries.append(Entry(module, True, stored))
+            elif not _has_input(quantization, module):
                 faults.add(f"{module}: {scheme.scheme.value} needs an amax of its input and there is none")
-            entries.append(Entry(module, True, stored))
     if quantization.kv_cache is not KvScheme.NONE and quantization.kv_cache_scale is None:
         for layer in range(quantization.logical.config.num_layers):
             for part, tensor in zip(("key", "value"), quantization.kv_amax(layer), strict=True):
-                entries.append(Entry(kv_module(layer, part), True, tensor))
+                if kv_module(layer, part) not in quantization.input_scales:
+                    entries.append(Entry(kv_module(layer, part), True, tensor))
     faults.raise_if_any()
+    if sum(each.num_rows for each in entries) > MOST_ROWS:
+        raise ExportError(f"scales per row: the weights have more than {MOST_ROWS} rows together; calibrate the model")
     return entries
+
+
+def _weight_entry(quantization: Quantization, module: ModuleName) -> Entry:
+    scheme, find_tensor = quantization.schemes[module], quantization.tensors.find
+    if scheme.compressed:
+        quantity = Quantity.SCALE if scheme.scheme is Scheme.FP8 else Quantity.DOUBLE_SCALE
+        stored = find_tensor(module, Quantizer.WEIGHT, quantity)
+        if stored is None:
+            raise ExportError(f"{module}: its weight is stored quantised, but its {quantity.value} is missing")
+        return Entry(module, False, stored, is_scale=True)
+    stored = find_tensor(module, Quantizer.WEIGHT, Quantity.AMAX, 1 if scheme.scheme is Scheme.W4A8_AWQ else None)
+    return Entry(module, False, stored, weights_of(quantization, module))
+
+
+def _has_input(quantization: Quantization, module: ModuleName) -> bool:
+    """Whether another expert of the layer has an input scale, which then serves for this one."""
+    return any(
+        each in quantization.input_scales or quantization.tensors.find(each, Quantizer.INPUT, Quantity.AMAX)
+        for each in quantization.experts_of(module)
+        if each != module
+    )
 
 
 def weights_of(quantization: Quantization, module: ModuleName) -> tuple[SourceTensor, ...]:
@@ -138,28 +193,56 @@ def share(entries: Sequence[Entry], rank: int, world_size: int) -> list[int]:
 
 
 def find(entries: Sequence[Entry], numbers: Sequence[int], reader: ViewReader) -> Float32:
-    """The values of the entries `numbers`, -inf for all others: float32, as long as `entries`."""
-    values = np.full(len(entries), -np.inf, np.float32)
+    """The values of the entries `numbers`, -inf for all others: float32, all entries' one after the other."""
+    starts = np.cumsum([0, *(entry.size for entry in entries)])
+    values = np.full(starts[-1], -np.inf, np.float32)
     for number in numbers:
         entry = entries[number]
-        values[number] = _read(entry, reader) if entry.stored else _measure(entry.measured, reader)
+        found = _read(entry, reader) if entry.stored else np.float32(0)
+        if entry.measured and not found:
+            found = _measure_rows(entry, reader) if entry.num_rows else _measure(entry.measured, reader)
+        values[starts[number] : starts[number + 1]] = found
     return values
 
 
 def table_of(entries: Sequence[Entry], values: Float32, quantization: Quantization) -> ScaleTable:
     """The table, of values from all processes. `ExportError` naming every value that no scale can be made of."""
-    faults = Faults("scales")
-    weights: dict[ModuleName, np.float32] = {}
-    inputs: dict[ModuleName, np.float32] = {}
-    for entry, value in zip(entries, values, strict=True):
-        kind = "input" if entry.of_input else "weight"
-        if not np.isfinite(value) or value < 0:
-            faults.add(f"{entry.module}: amax of its {kind} is {value}; calibrate the model again")
-        elif value == 0 and entry.of_input:
-            faults.add(f"{entry.module}: amax of its input is 0: it saw no data in calibration")
-        (inputs if entry.of_input else weights)[entry.module] = value
+    faults, start = Faults("scales"), 0
+    table = ScaleTable({}, {}, dict(quantization.input_scales))
+    weights, inputs, scales, rows = {}, {}, {}, {}
+    for entry in entries:
+        found, start = values[start : start + entry.size], start + entry.size
+        value, kind = _float32(found.max()), "input" if entry.of_input else "weight"
+        if not np.isfinite(value) or value < 0 or (entry.is_scale and value == 0):
+            what = "scale" if entry.is_scale else "amax"
+            faults.add(f"{entry.module}: {what} of its {kind} is {value}; calibrate the model again")
+        if entry.num_rows:
+            rows[row_slab(entry.measured[0].slab).name] = found
+        elif entry.is_scale:
+            scales[entry.module] = float(value)
+        else:
+            (inputs if entry.of_input else weights)[entry.module] = value
+    _share_inputs(inputs, quantization)
+    for module, value in inputs.items():
+        if value == 0:
+            faults.add(f"{module}: amax of its input is 0: it saw no data in calibration")
     faults.raise_if_any()
-    return ScaleTable(weights, inputs, dict(quantization.input_scales))
+    return replace(table, weights=weights, inputs=inputs, weight_scales=scales, rows=rows)
+
+
+def _share_inputs(inputs: dict[ModuleName, np.float32], quantization: Quantization) -> None:
+    """Experts that saw no token in calibration (amax 0, or none) take the largest amax of their layer's others.
+
+    Runtimes use the largest of all anyway; a scale of 1, which ModelOpt writes for such experts, would win over them.
+    """
+    largest: dict[ModuleName, np.float32] = defaultdict(np.float32)
+    for module, value in inputs.items():
+        if module.expert >= 0:
+            largest[replace(module, expert=-1)] = max(largest[replace(module, expert=-1)], value)
+    for module, scheme in quantization.schemes.items() if largest else ():
+        of_all, known = replace(module, expert=-1), inputs.get(module, 0) or module in quantization.input_scales
+        if of_all in largest and scheme.scheme in STATIC_INPUT and not known:
+            inputs[module] = largest[of_all]
 
 
 def _read(entry: Entry, reader: ViewReader) -> np.float32:
@@ -176,6 +259,11 @@ def _measure(weights: Sequence[SourceTensor], reader: ViewReader) -> np.float32:
         for block in reader.row_blocks(weight, MEASURE_BYTES):
             largest = np.maximum(largest, np.abs(block).max(initial=np.float32(0)))  # keeps NaN
     return _float32(largest)
+
+
+def _measure_rows(entry: Entry, reader: ViewReader) -> Float32:
+    blocks = (np.abs(block).max(axis=1) for block in reader.row_blocks(entry.measured[0], MEASURE_BYTES))
+    return np.concatenate(list(blocks))
 
 
 def _num_bytes(tensor: SourceTensor) -> int:

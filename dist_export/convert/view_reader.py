@@ -33,6 +33,8 @@ class ViewReader:
     """Global name -> (shape, dtype name)."""
     updates: Updates = field(default_factory=dict)
     """What adapters add to slabs: `row_blocks` gives them merged."""
+    measured: Mapping[str, Float32] = field(default_factory=dict)
+    """Slabs that are in no file: the amax of rows (`dist_export.models.quantization.row_slab`)."""
 
     def rows(self, view: View, dtype: DType, rows: tuple[int, int] | None = None) -> Raw:
         """Rows of a view taken as a matrix ``[rows, last dim]`` (all of them by default), raw."""
@@ -71,6 +73,9 @@ class ViewReader:
     def _piece(self, piece: Piece, dtype: DType, rows: tuple[int, int]) -> Raw:
         """Some of the rows of a piece."""
         assert piece.slab is not None
+        if piece.slab.name in self.measured:
+            first = piece.source_start[0]
+            return self.measured[piece.slab.name][first + rows[0] : first + rows[1]].reshape(-1, 1).view(np.uint32)
         shape = slab_shape(piece.slab, self.shape_of)
         size = piece.box.size[len(piece.box.size) - len(shape) :]
         source = type(piece.box)(piece.source_start, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dist_export.families import deepseek_v3
 from dist_export.models.config import ModelConfig
-from dist_export.models.features import LATENT_ATTENTION
+from dist_export.models.features import LATENT_ATTENTION, YARN
 from dist_export.models.rules import Family
 from dist_export.targets.huggingface.architecture import HuggingFaceModel, Limit
 
@@ -56,5 +56,5 @@ DEEPSEEK_V2 = Family(
             HuggingFaceModel(name="DeepseekV2ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),
         ),
     },
-    features=frozenset({LATENT_ATTENTION}),
+    features=frozenset({LATENT_ATTENTION, YARN}),
 )

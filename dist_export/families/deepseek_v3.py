@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dist_export.models.config import ModelConfig
-from dist_export.models.features import LATENT_ATTENTION, MTP
+from dist_export.models.features import LATENT_ATTENTION, MTP, YARN
 from dist_export.models.megatron import EMBEDDINGS, GATED_EXPERTS, LAYER, MLP, NORMS, SHARED_EXPERT, norm_rules
 from dist_export.models.rules import Family, Input, Scope, SourceRule, TargetRule
 from dist_export.targets.huggingface import config as hf
@@ -307,5 +307,5 @@ DEEPSEEK_V3 = Family(
     architectures={
         "hf": (HuggingFaceModel(name="DeepseekV3ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
-    features=frozenset({LATENT_ATTENTION, MTP}),
+    features=frozenset({LATENT_ATTENTION, MTP, YARN}),
 )

@@ -10,6 +10,7 @@ from dist_export.families.falcon import FALCON
 from dist_export.families.gemma import GEMMA
 from dist_export.families.gemma2 import GEMMA2
 from dist_export.families.gpt import GPT
+from dist_export.families.gpt_oss import GPT_OSS
 from dist_export.families.llama import LLAMA
 from dist_export.families.mistral import MISTRAL
 from dist_export.families.mixtral import MIXTRAL
@@ -25,7 +26,7 @@ from dist_export.models.features import unsupported
 from dist_export.models.rules import Family
 
 FAMILIES: tuple[Family, ...] = (
-    *(DEEPSEEK_V3, DEEPSEEK_V2, DECILM, NEMOTRON, GEMMA2, GEMMA, FALCON),
+    *(DEEPSEEK_V3, DEEPSEEK_V2, DECILM, GPT_OSS, NEMOTRON, GEMMA2, GEMMA, FALCON),
     *(QWEN3_MOE, QWEN2_MOE, MIXTRAL, QWEN3, QWEN2, MISTRAL, LLAMA),
     *(STARCODER2, STARCODER, GPT),
 )

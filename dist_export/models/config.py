@@ -129,6 +129,9 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     parallel_attention: bool = False  # attention and MLP both read the layer's input and are added together
     separate_mlp_norm: bool = True  # without, which only parallel layers can be, the MLP takes what attention takes
+    attention_sinks: bool = False  # a learned number per head takes part in every softmax
+    glu_offset: float = 0.0  # added to the up half before it is multiplied with the activated gate
+    activation_clamp: float | None = None  # the gate is at most this, the up half within it either way; None: any
     kv_lora_rank: int = 0  # of the latent that keys and values are made of; 0: ordinary attention, and all of these are 0
     q_lora_rank: int = 0  # of the latent that queries are made of; 0: made of the hidden state
     qk_nope_head_size: int = 0  # elements of a query or key head that are not rotated; head_size is both parts

@@ -30,10 +30,15 @@ SOME_WINDOWS = Feature(
     lambda m: m.window_layers is not None and not all(m.window_layers), "has an attention window in some layers only"
 )
 PARALLEL_ATTENTION = Feature(lambda m: m.parallel_attention, "computes attention and MLP side by side")
+SINKS = Feature(lambda m: m.attention_sinks, "has attention sinks")
+BOUNDED_GLU = Feature(
+    lambda m: m.glu_offset != 0 or m.activation_clamp is not None, "clamps its gated activation or adds an offset to it"
+)
+YARN = Feature(lambda m: m.rope_scaling is not None and m.rope_scaling.kind == "yarn", "has yarn rotary scaling")
 BLOCKS = Feature(lambda m: m.blocks is not None, "has layers that differ from one another in kind or size")
 
 FEATURES = (
-    *(LATENT_ATTENTION, MTP, BLOCKS),
+    *(LATENT_ATTENTION, MTP, BLOCKS, SINKS, BOUNDED_GLU, YARN),
     *(EMBEDDING_SCALING, POST_NORMS, QUERY_SCALAR, CAPPED_SCORES, CAPPED_LOGITS),
     *(SOME_WINDOWS, PARALLEL_ATTENTION),
 )

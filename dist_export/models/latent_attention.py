@@ -1,4 +1,4 @@
-"""Multi-latent attention: its ranks and head sizes from saved arguments and from shapes, and its rotary scaling.
+"""Multi-latent attention: its ranks and head sizes, from saved arguments and from shapes.
 
 Megatron-Core's MLASelfAttention (megatron/core/transformer/multi_latent_attention.py) with nq heads, whose queries and
 keys have dn unrotated and dr rotated elements and whose values have dv, and latents of rank rq and rkv:
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dist_export.errors import Faults
-from dist_export.models.config import RopeScaling
 from dist_export.models.megatron_arguments import Arguments, ReaderFor
 from dist_export.models.provenance import Claim, derived, from_arguments, from_default, from_presence, from_tensor
 from dist_export.models.tensor_evidence import ATTENTION_OUT, LAYER, QKV, Shapes
@@ -118,39 +117,3 @@ def _check_key_value_rows(chosen: Mapping[str, Claim], shapes: Shapes, heads: in
 def _integer(chosen: Mapping[str, Claim], field: str) -> int | None:
     value = chosen[field].value if field in chosen else None
     return value if isinstance(value, int) and value > 0 else None
-
-
-def rope_scaling_claim(arguments: Arguments) -> Claim:
-    """Multi-latent attention makes its own rotary table: yarn unless `rope_type` says rope (`rope_type` is an argument
-    since 0.14, None meaning yarn). Yarn with factor 1, the argument's default, is no scaling.
-
-    The length that yarn starts from was `max_position_embeddings` before 0.14. Where an argument is missing the
-    class's own default counts (transformer_config.py, `MLATransformerConfig`): 0.10 had no mscale arguments.
-    """
-    factor = arguments.number("rotary_scaling_factor")
-    factor = 40.0 if factor is None else factor
-    names = ["rotary_scaling_factor"]
-    if arguments.word("rope_type") == "rope" or factor == 1.0:
-        return _unscaled(arguments, factor)
-    numbers = {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32.0, "beta_slow": 1.0}
-    for name in numbers:
-        given = arguments.number(name)
-        if given is not None:
-            numbers[name] = given
-            names.append(name)
-    before_0_14 = not arguments.has("original_max_position_embeddings") and not arguments.has("rope_type")
-    length = "max_position_embeddings" if before_0_14 else "original_max_position_embeddings"
-    original = arguments.integer(length)
-    scaling = RopeScaling("yarn", factor, original_max_position_embeddings=original or 4096, **numbers)  # type: ignore[arg-type]
-    return Claim(scaling, from_arguments(*names, length))
-
-
-def _unscaled(arguments: Arguments, factor: float) -> Claim:
-    """Rotary positions as they are. Scores are scaled by mscale_all_dim all the same, which no target computes."""
-    if factor > 1 and arguments.number("mscale_all_dim"):
-        arguments.faults.add(
-            f"rope_scaling: rope_type is rope, but rotary_scaling_factor {factor:g} and mscale_all_dim "
-            f"{arguments.number('mscale_all_dim'):g} still scale Megatron's scores; no target computes that"
-        )
-    name = "rope_type" if arguments.word("rope_type") == "rope" else "rotary_scaling_factor"
-    return Claim(None, from_arguments(name))

@@ -151,6 +151,8 @@ RULES: tuple[ArgumentRule, ...] = (
     ArgumentRule("embedding_scaling", bool, ("apply_embedding_scaling",), default=False),  # Gemma in NeMo and Bridge
     ArgumentRule("query_pre_attn_scalar", float, ("query_pre_attn_scalar",)),
     ArgumentRule("num_mtp_layers", int, ("mtp_num_layers",), default=0),
+    ArgumentRule("glu_offset", float, ("glu_linear_offset",), default=0.0),
+    ArgumentRule("activation_clamp", float, ("activation_func_clamp_value",)),
 )
 
 #: Fields whose argument is None on purpose: no experts, no shared expert, no router groups, no scaling.
@@ -162,6 +164,7 @@ _NONE_IS_A_VALUE = frozenset(
         "moe_router_group_top_k",
         "moe_router_scaling_factor",
         "num_mtp_layers",
+        "activation_clamp",
         "query_pre_attn_scalar",
     }
 )
@@ -262,7 +265,7 @@ def position_embedding_claim(arguments: Arguments) -> Claim:
     kind = arguments.word("position_embedding_type")
     if kind is None:
         return Claim("learned_absolute", from_default("position_embedding_type"), default=True)
-    return Claim(kind, from_arguments("position_embedding_type"))
+    return Claim("rope" if kind == "yarn" else kind, from_arguments("position_embedding_type"))
 
 
 def rope_scaling_notes(arguments: Arguments, scaling: object) -> list[str]:
@@ -332,6 +335,14 @@ def glu_interleave_claims(arguments: Arguments) -> dict[str, Claim]:
     shards = arguments.integer(ranks)
     by = Claim(shards, from_arguments(ranks)) if shards else Claim(1, from_default(ranks), default=True)
     return dict(zip(_GLU_INTERLEAVE, (Claim(size, from_arguments(name)), by), strict=True))
+
+
+def sink_claim(arguments: Arguments) -> Claim:
+    """`attention_sinks` (0.15); the softmax that is off by one is refused elsewhere."""
+    kind = arguments.word("softmax_type")
+    if kind is None:
+        return Claim(False, from_default("softmax_type"), default=True)
+    return Claim(kind == "learnable", from_arguments("softmax_type"))
 
 
 def query_group_claim(arguments: Arguments, heads: int | None) -> Claim | None:

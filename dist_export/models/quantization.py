@@ -73,7 +73,8 @@ class QuantizerTensors:
         for name, (shape, dtype) in tensors.items():
             found = quantizer_tensor(name)
             if found is not None and _is_of_all_experts(found, shape):
-                pattern = f"{found.module.pattern}.{name.removeprefix(str(found.module)).lstrip('.')}"
+                assert found.quantity is not None
+                pattern = _pattern(found.module, found.quantizer, found.quantity, found.number)
                 common[pattern, found.module.layer] = SourceTensor(Slab(name), shape, dtype)
             elif found is not None:
                 own[name] = (shape, dtype)
@@ -83,16 +84,21 @@ class QuantizerTensors:
         self, module: ModuleName, quantizer: Quantizer, quantity: Quantity, number: int | None = None
     ) -> SourceTensor | None:
         """A module's tensor, None where there is none."""
-        place = "" if number is None else f".{number}"
-        pattern = f"{module.pattern}.{quantizer.value}{place}.{quantity.value}"
+        pattern = _pattern(module, quantizer, quantity, number)
         found = self.catalog.find(pattern, layer=module.layer, expert=module.expert)
         return found or self.of_all_experts.get((pattern, module.layer))
+
+
+def _pattern(module: ModuleName, quantizer: Quantizer, quantity: Quantity, number: int | None) -> str:
+    """The folded name of a quantiser's tensor."""
+    place = "" if number is None else f".{number}"
+    return f"{module.pattern}.{quantizer.value}{place}.{quantity.value}"
 
 
 def _is_of_all_experts(tensor: QuantizerTensor, shape: Shape) -> bool:
     """Whether a tensor without an expert's number is not stacked over experts: a grouped linear has one input, and
     until ModelOpt 0.41 one quantiser of its weights (modelopt/torch/quantization/plugins/megatron.py)."""
-    if "{expert}" not in tensor.module.pattern or tensor.module.expert >= 0:
+    if "{expert}" not in tensor.module.pattern or tensor.module.expert >= 0 or tensor.quantity is None:
         return False
     return tensor.quantizer is Quantizer.INPUT or prod(shape) == 1
 
@@ -122,7 +128,7 @@ class Quantization:
         return Scheme.NONE if not kinds else kinds.pop() if len(kinds) == 1 else Scheme.MIXED
 
     def module_of(self, logical: str, *, layer: int, expert: int) -> ModuleName | None:
-        """The module that holds a logical weight; None where the checkpoint has no such weight, or it is of no module."""
+        """The module that holds a logical weight; None where the checkpoint has no such weight, or it is no module's."""
         located = self.logical.locate(logical, layer=layer, expert=expert)
         return None if located is None else module_of(located, layer=layer, expert=expert)
 
@@ -140,6 +146,17 @@ class Quantization:
         located = self.logical.locate(logical, layer=module.layer, expert=module.expert)
         if found is None or located is None:
             return None
+        return self._rows_of(found, located), found.dtype
+
+    def block_scales(self, logical: str, module: ModuleName) -> tuple[View, str]:
+        """The scales of a weight that is stored quantised, ``[rows, blocks]`` in the order of its rows, and their type.
+
+        Raises `ExportError` where the checkpoint has none.
+        """
+        found = self.tensors.find(module, Quantizer.WEIGHT, Quantity.SCALE)
+        located = self.logical.locate(logical, layer=module.layer, expert=module.expert)
+        if found is None or located is None:
+            raise ExportError(f"{module}: its weight is stored quantised, but its {Quantity.SCALE.value} is missing")
         return self._rows_of(found, located), found.dtype
 
     def measured_rows(self, logical: str, module: ModuleName) -> View:
@@ -168,7 +185,8 @@ class Quantization:
     def _rows_of(self, amax: SourceTensor, located: Located) -> View:
         view, config = View.of(amax.slab, amax.shape), self.logical.config
         rule, source = located.rule, located.source
-        if rule.source.endswith((".linear_fc1.weight", ".linear_fc1.weight_w", ".linear_fc1.weight_v")) and config.gated:
+        module, _, last = rule.source.rpartition(".")
+        if module.endswith(".linear_fc1") and last in WEIGHT_NAMES and config.gated:
             view = _in_gate_up_order(view, self.tensors.num_chunks(amax.slab.name))
             if not rule.source.endswith(".weight"):
                 part = SPLIT_HALVES.split(view, config)[rule.source.endswith("_v")]
@@ -196,7 +214,7 @@ WEIGHT_NAMES = ("weight", "weight_w", "weight_v")
 
 
 def is_linear(module: str) -> bool:
-    """Whether a module (by its folded name) is a linear of a transformer layer that may be quantised: not the router."""
+    """Whether a module (by its folded name) is a linear of a transformer layer that may be quantised: no router."""
     return module.startswith("decoder.layers.{layer}.") and module.rpartition(".")[2].startswith("linear_")
 
 

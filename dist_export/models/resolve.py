@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_export.errors import ExportError, Faults
-from dist_export.models import attention, heterogeneous, latent_attention, megatron_arguments
+from dist_export.models import attention, heterogeneous, latent_attention, megatron_arguments, yarn
 from dist_export.models.activation_arguments import (
     activation_claims,
     activation_notes,
@@ -153,6 +153,7 @@ def _argument_claims(reader: Arguments, given: Mapping[str, Claim], proven: Mapp
         ),
         "moe_layer_freq": megatron_arguments.moe_layer_claim(reader_for("moe_layer_freq"), num_layers),
         "window_size": megatron_arguments.window_claim(reader_for("window_size")),
+        "attention_sinks": megatron_arguments.sink_claim(reader_for("attention_sinks")),
     }
     claims |= {field: claim for field, claim in computed.items() if claim is not None}
     claims |= block_claims(reader_for, given.get("window_size") or claims["window_size"], num_layers)
@@ -169,7 +170,9 @@ def _argument_claims(reader: Arguments, given: Mapping[str, Claim], proven: Mapp
 
 def _rope_scaling_claim(arguments: Arguments) -> Claim:
     if latent_attention.is_latent(arguments):
-        return latent_attention.rope_scaling_claim(arguments)
+        return yarn.latent_claim(arguments)
+    if arguments.values.get("position_embedding_type") == "yarn":
+        return yarn.position_claim(arguments)
     return megatron_arguments.rope_scaling_claim(arguments)
 
 

@@ -97,7 +97,9 @@ class TargetRule:
     values: ValueOps = no_value_ops
     """Arithmetic from the logical to the target's values."""
     transposed: bool = False
-    """Stored ``[in, out]``, after joining: the Conv1D of transformers' GPT-2."""
+    """Stored ``[in, out]``, after joining: the Conv1D of transformers' GPT-2. Stacked experts each by itself."""
+    interleaved: bool = False
+    """Of stacked experts: rows of the first and of the second half alternate in each, before a transposition."""
     when: Condition = always
     layers: LayerCondition = every_layer
     """Which layers have it, of those that `scope` names; for layers that are not all alike."""

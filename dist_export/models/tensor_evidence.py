@@ -23,6 +23,7 @@ QKV = LAYER + "self_attention.linear_qkv"
 ATTENTION_OUT = LAYER + "self_attention.linear_proj"
 POST_NORM = ATTENTION_OUT + ".post_layernorm.weight"
 Q_NORM = LAYER + "self_attention.q_layernorm.weight"
+SINKS = LAYER + "self_attention.core_attention.softmax_offset"
 DENSE_MLP = LAYER + "mlp."
 EXPERT = LAYER + "mlp.experts.experts.{expert}."
 SHARED_EXPERT = LAYER + "mlp.shared_experts."
@@ -132,6 +133,7 @@ def _norm_claims(shapes: Shapes) -> dict[str, Claim]:
             "normalization": kind,
             "post_norms": _presence_claim(shapes, POST_NORM, beside=ATTENTION_OUT + ".weight"),
             "qk_norm": _presence_claim(shapes, Q_NORM, beside=QKV + ".weight"),
+            "attention_sinks": _presence_claim(shapes, SINKS, beside=QKV + ".weight"),
         }
     )
 

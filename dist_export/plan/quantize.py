@@ -13,7 +13,7 @@ from enum import Enum
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import LinearScheme, Scheme
 from dist_export.errors import ExportError
-from dist_export.models.quantization import Quantization
+from dist_export.models.quantization import WEIGHT_ONLY, Quantization
 from dist_export.models.shard_ops import Slice
 from dist_export.plan.recipes import Codes, Encoded, Folded, Groups, Recipe, Scalars, Stored, StoredScales, TableScales
 from dist_export.plan.shard import Part, PlannedTensor, Resolved
@@ -84,6 +84,8 @@ class LinearQuantizer:
             raise ExportError(f"its parts are quantised differently: {', '.join(sorted(map(_named, schemes)))}")
         scheme = schemes.pop()
         assert scheme is not None
+        if scheme.scheme in WEIGHT_ONLY and scheme.scheme in self.dialect.names:
+            return [planned]
         if scheme.scheme not in self.dialect.names:
             raise ExportError(f"the target has no form for {scheme.scheme.value}")
         if planned.transposed or planned.values:
@@ -170,14 +172,14 @@ class _Linear:
         yield from self._input_scale(input_divisor)
 
     def _per_row(self, codes: Codes, dtype: DType, divisor: float) -> Iterator[PlannedTensor]:
-        view, amax_dtype = self._amax(None)
+        view, amax_dtype = self._stored(self._row_amax)
         if view.shape[-1] != 1:
             raise ExportError(f"its amax is {list(view.shape)}, expected one per row")
         yield self._codes(codes, dtype, StoredScales(view, amax_dtype, divisor))
         yield from self._small(Role.ROW_SCALE, Stored(view, amax_dtype, divisor, squeezed=True), FLOAT32)
 
     def _per_block(self) -> Iterator[PlannedTensor]:
-        view, amax_dtype = self._amax(0 if self.linear.scheme is Scheme.W4A8_AWQ else None)
+        view, amax_dtype = self._stored(self._block_amax)
         size, columns = self.linear.group_size or 128, self.planned.view.shape[-1]
         if view.shape[-1] * size != columns:
             raise ExportError(f"{columns} columns do not divide into the {view.shape[-1]} blocks of {size} of its amax")
@@ -188,20 +190,29 @@ class _Linear:
         size = self.linear.group_size or Codes.E2M1_SCALES.columns
         if size != Codes.E2M1_SCALES.columns:
             raise ExportError(f"FP4 in blocks of {size}, where blocks of {Codes.E2M1_SCALES.columns} are known")
-        if self.planned.view.shape[-1] % size:
-            raise ExportError(f"{self.planned.view.shape[-1]} columns do not divide into blocks of {size}")
+        columns = self.planned.view.shape[-1] * (2 if self.linear.compressed else 1)
+        if columns % size:
+            raise ExportError(f"{columns} columns do not divide into blocks of {size}")
         scales = TableScales(self.modules, NVFP4_MAX)
         yield self._codes(Codes.E2M1, UINT8, scales)
         name = self._name(Role.WEIGHT_SCALE)
         assert name is not None, "block scales are always written"
-        recipe = Encoded(Codes.E2M1_SCALES, scales)
-        yield replace(self.planned, name=name, dtype=FLOAT8_E4M3, recipe=recipe)
+        if self.linear.compressed:
+            view, dtype = self._stored(self.quantizer.quantization.block_scales)
+            yield from self._small(Role.WEIGHT_SCALE, Stored(view, dtype, None), FLOAT8_E4M3)
+        else:
+            recipe = Encoded(Codes.E2M1_SCALES, scales)
+            yield replace(self.planned, name=name, dtype=FLOAT8_E4M3, recipe=recipe)
         yield from self._weight_scalar(Role.WEIGHT_SCALE_2, NVFP4_MAX)
         if self.linear.scheme is not Scheme.W4A16_NVFP4:
             yield from self._input_scale(NVFP4_MAX)
         yield from self._factor()
 
     def _codes(self, codes: Codes, dtype: DType, scales: TableScales | StoredScales) -> PlannedTensor:
+        if self.linear.compressed:
+            if self.planned.source_dtype != dtype:
+                raise ExportError(f"its weight is stored as {self.planned.source_dtype}, expected {dtype} codes")
+            return replace(self.planned, dtype=dtype)
         return replace(self.planned, dtype=dtype, recipe=Encoded(codes, scales))
 
     def _weight_scalar(self, role: Role, divisor: float) -> Iterator[PlannedTensor]:
@@ -250,18 +261,31 @@ class _Linear:
         """The export's own: activations are multiplied in it."""
         return self.planned.dtype
 
-    def _amax(self, level: int | None) -> tuple[View, DType]:
-        """The stored amax of the whole tensor, cut like the weight."""
+    def _block_amax(self, logical: str, module: ModuleName) -> tuple[View, str]:
+        level = 0 if self.linear.scheme is Scheme.W4A8_AWQ else None
+        found = self.quantizer.quantization.amax(logical, module, level=level)
+        if found is None:
+            raise ExportError(f"{module}: {self.linear.scheme.value} needs the amax of its weight and there is none")
+        return found
+
+    def _row_amax(self, logical: str, module: ModuleName) -> tuple[View, str]:
+        quantization = self.quantizer.quantization
+        if quantization.is_measured(module):
+            return quantization.measured_rows(logical, module), FLOAT32.name
+        return self._block_amax(logical, module)
+
+    def _stored(self, rows_of: Callable[[str, ModuleName], tuple[View, str]]) -> tuple[View, DType]:
+        """What is stored or measured for the rows of the weights (`rows_of` one logical weight), cut like the tensor.
+
+        One value per row is not divided where ranks share the rows: each has the whole row's.
+        """
         config, dtypes, slices = self.quantizer.quantization.logical.config, set(), []
         for parts in self.resolved.slices:
             views = []
             for part in parts:
                 module = self.quantizer._module(part, self.resolved.layer)
                 assert module is not None, f"{part.input.logical} has a module"
-                found = self.quantizer.quantization.amax(part.input.logical, module, level=level)
-                if found is None:
-                    raise ExportError(f"{module}: {self.linear.scheme.value} needs the amax of its weight and there is none")
-                view, dtype = found
+                view, dtype = rows_of(part.input.logical, module)
                 dtypes.add(dtype)
                 by_row = view.shape[-1] == 1 and part.tensor.view.shape[-1] != 1
                 whole = by_row and isinstance(part.input.shard, Slice) and part.input.shard.dim == 1

@@ -7,7 +7,6 @@ weights that they belong to.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -148,6 +147,21 @@ FOLLOWS_WEIGHT = (Encoded,)
 """Recipes carried out on tiles of the weight as they are read; the others make small tensors of their own."""
 
 
-def num_elements(shape: Shape) -> int:
-    """Of a tensor."""
-    return math.prod(shape)
+def described(recipe: Recipe) -> str:
+    """For people: what is made, of whose scales."""
+    if isinstance(recipe, Encoded):
+        scales = recipe.scales
+        of = _modules(scales.groups) if isinstance(scales, TableScales) else "stored amax of rows or blocks"
+        return f"{recipe.codes.value[0]}, amax / {scales.divisor:g}: {of}"
+    if isinstance(recipe, Scalars):
+        return f"{'activation' if recipe.of_inputs else 'weight'} amax / {recipe.divisor:g}: {_modules(recipe.groups)}"
+    if isinstance(recipe, Stored):
+        return "stored factor" if recipe.divisor is None else f"stored amax / {recipe.divisor:g}"
+    if isinstance(recipe, Folded):
+        return "times the factor of the activations behind it"
+    return "as given"
+
+
+def _modules(groups: Groups) -> str:
+    names = [str(module) for group in groups for module in group]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -15,7 +15,7 @@ from dist_export.models.rules import Input, Scope, TargetRule
 from dist_export.models.shard_ops import TensorParallel
 from dist_export.models.value_ops import ValueOp, composed
 from dist_export.plan.layout import TargetLayout
-from dist_export.plan.recipes import FOLLOWS_WEIGHT, Encoded, Recipe
+from dist_export.plan.recipes import FOLLOWS_WEIGHT, Encoded, Recipe, described
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.safetensors_format import DATA_ALIGNMENT, build_header
@@ -37,13 +37,21 @@ class PlannedTensor:
     offset: int = 0  # bytes from the start of the data section
     recipe: Recipe | None = None
     """What is made of the view where that is more than moving and casting elements."""
+    interleaved: bool = False
+    """The two halves of dim 1 alternate in the file, before a transposition."""
 
     @property
     def shape(self) -> Shape:
         """As stored."""
         if self.recipe is not None:
             return self.recipe.stored_shape(self.view.shape)
-        return self.view.shape[::-1] if self.transposed else self.view.shape
+        shape = self.view.shape
+        return (*shape[:-2], *shape[:-3:-1]) if self.transposed else shape
+
+    @property
+    def is_permuted(self) -> bool:
+        """Whether whole slices along the leading dim are put in order at a time, apart from the stream of tiles."""
+        return self.interleaved or (self.transposed and len(self.view.shape) > 2)
 
     @property
     def is_small(self) -> bool:
@@ -69,8 +77,8 @@ class PlannedTensor:
     def steps(self) -> tuple[str, ...]:
         """The value operations in order, for people and digests."""
         cast = () if self.dtype == self.source_dtype else (f"cast {self.source_dtype} to {self.dtype}",)
-        transposition = ("transpose",) if self.transposed else ()
-        recipe = () if self.recipe is None else (repr(self.recipe),)
+        transposition = ("interleave",) * self.interleaved + ("transpose",) * self.transposed
+        recipe = () if self.recipe is None else (described(self.recipe),)
         return tuple(op.value for op in self.values) + cast + transposition + recipe
 
 
@@ -97,7 +105,7 @@ class ShardPlan:
         state = hashlib.sha256(self.file_name.encode())
         for tensor in self.tensors:
             line = (tensor.name, str(tensor.dtype), tensor.shape, tensor.offset, tensor.steps)
-            state.update(repr(line).encode())
+            state.update(repr((line, tensor.recipe)).encode())
             for piece in tensor.view.pieces:
                 state.update(repr((piece.box.start, piece.box.size, str(piece.slab), piece.source_start)).encode())
         return state.hexdigest()
@@ -240,7 +248,7 @@ class ShardPlanner:
             for parts in resolved.slices
         )
         ops = (*(values.pop() if values else ()), *rule.values(config))
-        return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed)
+        return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed, interleaved=rule.interleaved)
 
     def _input(self, part: Input, layer: int, expert: int) -> LogicalTensor:
         """The logical tensor of an input, or zeros (with no element type of their own) where the rule allows."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from dist_export.errors import ExportError
 from dist_export.models.low_rank import LowRankUpdate, Updates
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.tensors.boxes import Box, Shape
@@ -170,7 +171,9 @@ def collect_uses(
         data_start = len(plan.header)
         for index, planned in enumerate(plan.tensors):
             output = OutputTensor(file, index, planned, data_start)
-            if planned.is_small:
+            if planned.is_permuted:
+                _refuse_updates(planned, updates or {})
+            if planned.is_small or planned.is_permuted:
                 fills.append(Fill(output, 0, math.prod(planned.shape)))
                 continue
             for piece in planned.view.pieces:
@@ -185,6 +188,11 @@ def collect_uses(
         SlabUses(slab, slab_shape(slab, shape_of), dtypes[slab], tuple(u), added.get(slab)) for slab, u in uses.items()
     ]
     return slabs, fills
+
+
+def _refuse_updates(planned: PlannedTensor, updates: Updates) -> None:
+    if any(piece.slab in updates for piece in planned.view.pieces if piece.slab is not None):
+        raise ExportError(f"{planned.name}: an adapter cannot be merged into a tensor of this order; merge it before")
 
 
 def slab_shape(slab: Slab, shape_of: Mapping[str, tuple[Shape, str]]) -> Shape:

@@ -24,6 +24,7 @@ from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.tensors.views import Slab
 from dist_export.verify.merging import merge_rows
 from dist_export.verify.output import Block, OutputReader, Region, TensorId
+from dist_export.verify.source_reader import SourceReader
 
 BAND_BYTES = 1 << 20  # of source rows compared at a time
 
@@ -81,6 +82,7 @@ class Comparer:
     ) -> None:
         """`progress` is called after each band, from any thread, and may stop the work by raising."""
         self.sources, self.output, self.converter, self.progress = sources, output, converter, progress
+        self.reader = SourceReader(sources)
         self.num_bytes_compared = 0
         self._lock = Lock()
         self._matrix: tuple[tuple[Slab, tuple[int, int]], Block] | None = None
@@ -131,7 +133,7 @@ class Comparer:
         uses = [use for use in slab.uses if use.source[0] < rows[1] and rows[0] < use.source[1]]
         if not uses:
             return
-        band = self._read_source(slab, rectangles, rows)
+        band = self.reader.read(slab, rectangles, rows)
         if slab.update is not None:
             merge_rows(slab, band, rows, self._read_matrix)
         compared = sum(self._compare_use(slab.slab, use, band, rows) for use in uses)
@@ -186,43 +188,10 @@ class Comparer:
         if kept is not None and kept[0] == (tensor.slab, rows):
             return kept[1]
         whole = SlabUses(tensor.slab, tensor.shape, dtype_by_name(tensor.dtype), ())
-        block = self._read_source(whole, self.sources.rectangles(whole.slab, whole.shape, whole.dtype), rows)
+        block = self.reader.read(whole, self.sources.rectangles(whole.slab, whole.shape, whole.dtype), rows)
         if rows == (0, tensor.shape[0]):
             self._matrix = (tensor.slab, rows), block
         return block
-
-    def _read_source(
-        self, slab: SlabUses, rectangles: Sequence[SourceRectangle], rows: tuple[int, int]
-    ) -> Block:
-        """All columns of a band of rows, put together from the chunks that hold them."""
-        _, width = flat_shape(slab.shape)
-        band: Block = np.empty((rows[1] - rows[0], width), f"u{slab.dtype.itemsize}")
-        for rectangle in rectangles:
-            first, end = max(rows[0], rectangle.rows[0]), min(rows[1], rectangle.rows[1])
-            if first < end:
-                part = band[first - rows[0] : end - rows[0], rectangle.columns[0] : rectangle.columns[1]]
-                self._read_rectangle(rectangle, first, part)
-        return band
-
-    def _read_rectangle(self, rectangle: SourceRectangle, first: int, part: Block) -> None:
-        """Fill `part` [rows, all columns of the chunk] from row `first` of the slab on."""
-        (num_rows, num_columns), itemsize = part.shape, part.itemsize
-        start = rectangle.offset + (first - rectangle.rows[0]) * rectangle.row_stride
-        if rectangle.column_stride != itemsize and num_columns > 1:  # stored transposed, column by column
-            column: Block = np.empty(num_rows, part.dtype)
-            for number in range(num_columns):
-                offset = start + number * rectangle.column_stride
-                self.sources.read_into(rectangle.file, offset, column.data.cast("B"))
-                part[:, number] = column
-        elif rectangle.row_stride == num_columns * itemsize or num_rows == 1:
-            whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
-            self.sources.read_into(rectangle.file, start, whole.data.cast("B"))
-            if whole is not part:
-                part[...] = whole
-        else:
-            for number in range(num_rows):
-                row = part[number].data.cast("B")
-                self.sources.read_into(rectangle.file, start + number * rectangle.row_stride, row)
 
 
 def _equal(expected: Block, actual: Block) -> bool:

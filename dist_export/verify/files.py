@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_export import export_report
 from dist_export.errors import ExportError
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.shard import ShardPlan
@@ -165,7 +166,7 @@ def _check_header(check: FolderCheck, shard: ShardPlan, stored: Mapping[str, Sto
 
 def _check_strays(check: FolderCheck, folder: Path, manifest: Mapping[str, Any], plan: ExportPlan) -> None:
     """Files that this export did not write. Those that a loader may take are faults, others are named."""
-    known = {MANIFEST, *plan.documents(), *manifest["files"]}
+    known = {MANIFEST, export_report.NAME, *plan.documents(), *manifest["files"]}
     for path in sorted(folder.iterdir()):
         if path.name in known:
             continue

@@ -45,9 +45,22 @@ _DECODER_OUTPUTS = {
 }
 _DECODER_INPUTS = {at.CONTEXT: "self_attn.o_proj", at.ACTIVATION: "mlp.down_proj"}
 
+_EXPERT_LAYER_OUTPUTS = {
+    name: module for name, module in _DECODER_OUTPUTS.items() if name not in (at.UP, at.MLP_OUTPUT)
+}
+"""The module of the experts has another name in transformers before 5 where the model is Mixtral."""
+
 _DECODER = ("model.layers", "model.embed_tokens", "model.norm")
 MODULES = {
     "llama": Modules(*_DECODER, {**_DECODER_OUTPUTS, at.GATE: "mlp.gate_proj"}, _DECODER_INPUTS),
+    **dict.fromkeys(
+        ("mistral", "qwen2", "qwen3"),
+        Modules(*_DECODER, {**_DECODER_OUTPUTS, at.GATE: "mlp.gate_proj"}, _DECODER_INPUTS),
+    ),
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe"),
+        Modules(*_DECODER, _EXPERT_LAYER_OUTPUTS, {at.CONTEXT: "self_attn.o_proj"}),
+    ),
     "nemotron": Modules(*_DECODER, _DECODER_OUTPUTS, _DECODER_INPUTS),
     "starcoder2": Modules(
         *_DECODER,
@@ -69,6 +82,18 @@ MODULES = {
             at.MLP_OUTPUT: "post_feedforward_layernorm",
         },
         _DECODER_INPUTS,
+    ),
+    "falcon": Modules(
+        "transformer.h",
+        "transformer.word_embeddings",
+        "transformer.ln_f",
+        {
+            at.ATTENTION_OUTPUT: "self_attention",
+            at.UP: "mlp.dense_h_to_4h",
+            at.MLP_OUTPUT: "mlp",
+            at.LAYER_OUTPUT: "",
+        },
+        {at.CONTEXT: "self_attention.dense", at.ACTIVATION: "mlp.dense_4h_to_h"},
     ),
     "gpt2": Modules(
         "transformer.h",

@@ -265,7 +265,12 @@ def verify_logits(
     if not roundings:
         return compare_logits(reference, candidate)
     from_training = logits_difference(reference, candidate)
-    rounding = Rounding(getattr(torch, dtype), stores_one=kind == "trtllm")
+    rounding = Rounding(
+        getattr(torch, dtype),
+        stores_one=kind == "trtllm",
+        keeps_router=kind == "trtllm",
+        qk_norm_epsilon=ENGINE_QK_NORM_EPSILON if _replaces_epsilon(config, kind) else None,
+    )
     approximated = replace(config, activation="gelu_tanh") if _approximates_gelu(config, kind) else config
     del reference
     report = compare_logits(run_megatron(opened.index, approximated, ids, rounding=rounding), candidate)
@@ -326,6 +331,14 @@ def _approximates_gelu(config: ModelConfig, kind: str) -> bool:
     return config.activation == "gelu" and kind == "trtllm"
 
 
+ENGINE_QK_NORM_EPSILON = 1e-5
+"""TensorRT-LLM's attention layer norms queries and keys with its own default (layers/attention.py)."""
+
+
+def _replaces_epsilon(config: ModelConfig, kind: str) -> bool:
+    return config.qk_norm and kind == "trtllm" and config.norm_epsilon != ENGINE_QK_NORM_EPSILON
+
+
 def _roundings(checkpoint: Checkpoint, config: ModelConfig, kind: str, dtype: str) -> list[str]:
     """Why this export cannot equal the checkpoint's model exactly, however right its rules are."""
     notes = []
@@ -336,4 +349,6 @@ def _roundings(checkpoint: Checkpoint, config: ModelConfig, kind: str, dtype: st
         notes.append(f"1 + norm weight was rounded to {dtype}")
     if _approximates_gelu(config, kind):
         notes.append("the model has exact gelu, TensorRT-LLM computes its tanh form")
+    if _replaces_epsilon(config, kind):
+        notes.append(f"TensorRT-LLM norms queries and keys with epsilon {ENGINE_QK_NORM_EPSILON:g}")
     return notes

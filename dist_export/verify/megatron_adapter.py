@@ -11,6 +11,7 @@ Importing this module imports torch; megatron-core is imported when it runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -25,6 +26,7 @@ from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError, Faults
 from dist_export.models.config import ModelConfig
 from dist_export.tensors.boxes import Box
+from dist_export.verify import megatron_experts as experts
 from dist_export.verify import trace as at
 from dist_export.verify.records import read_box
 from dist_export.verify.trace import Point, Trace
@@ -47,6 +49,10 @@ class Rounding:
     """Element type of the export."""
     stores_one: bool = False
     """Zero-centred norm weights are stored with their one added, in the checkpoint's element type."""
+    keeps_router: bool = False
+    """Routers are exported in float32."""
+    qk_norm_epsilon: float | None = None
+    """Of the consumer's norms of queries and keys, where it is its own."""
 
 
 def run_megatron(
@@ -68,6 +74,8 @@ def run_megatron(
     _check_supported(config, tokens.shape[1])
     with _megatron_on_cpu():
         model = _build(config, dtype)
+        if rounding is not None and rounding.qk_norm_epsilon is not None:
+            _set_qk_norm_epsilon(model, rounding.qk_norm_epsilon)
         weights = _Weights(index, _sources(model, index), config, rounding)
         weights.stream_layers(model)
         trace = Trace()
@@ -82,8 +90,7 @@ def run_megatron(
 
 def _check_supported(config: ModelConfig, num_positions: int) -> None:
     faults = Faults("Megatron-Core's logits are not available for this model")
-    if config.num_experts:
-        faults.add(f"it has {config.num_experts} experts")
+    faults.extend(experts.unsupported(config))
     if config.attention_output_gate:
         faults.add("its attention output is gated")
     longest = config.max_position_embeddings
@@ -114,6 +121,7 @@ def _megatron_on_cpu() -> Iterator[None]:
         from dist_export.verify.megatron_modules import sliding_window_mask
 
         stack.enter_context(_replaced(fused_softmax, {"get_sliding_window_causal_mask": sliding_window_mask}))
+        stack.enter_context(experts.without_fused_router())
         dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(1, 1)
@@ -198,6 +206,7 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
         add_bias_linear=config.linear_bias,
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_norm,
+        **experts.transformer_fields(config),
         rotary_interleaved=config.rotary_interleaved,
         softmax_scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
         window_size=None if config.window_size is None else (config.window_size, 0),
@@ -249,6 +258,12 @@ def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
         )
     add_scaling_and_capping(model, config)
     return model.to(dtype).eval()
+
+
+def _set_qk_norm_epsilon(model: Any, epsilon: float) -> None:
+    for layer in model.decoder.layers:
+        for norm in (layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
+            norm.eps = epsilon
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +343,8 @@ class _Weights:
                 name = ".".join(filter(None, (prefix, inner, kind)))
                 add_one = is_norm and kind == "weight" and self.zero_centered_norm
                 stored = self._read(self.sources[name]).reshape(parameter.shape)
-                values = self._rounded(stored, add_one=add_one).to(parameter.dtype)
+                exact = name.endswith("router.weight") and self.rounding is not None and self.rounding.keeps_router
+                values = (stored if exact else self._rounded(stored, add_one=add_one)).to(parameter.dtype)
                 setattr(owner, kind, torch.nn.Parameter(values, requires_grad=False))
 
     def _rounded(self, stored: torch.Tensor, *, add_one: bool) -> torch.Tensor:
@@ -382,8 +398,12 @@ def _watch(model: Any, trace: Trace, config: ModelConfig) -> None:
         attention.linear_proj.register_forward_pre_hook(inputs(number, at.CONTEXT))
         attention.register_forward_hook(output(at.ATTENTION_OUTPUT, number))
         layer.pre_mlp_layernorm.register_forward_hook(output(at.MLP_NORM, number))
-        mlp.linear_fc1.register_forward_hook(halves(number))
-        mlp.linear_fc2.register_forward_pre_hook(inputs(number, at.ACTIVATION))
+        if config.num_experts:
+            point = Point(at.ROUTER, number)
+            experts.watch_router(mlp.router, functools.partial(trace.record, point))
+        else:
+            mlp.linear_fc1.register_forward_hook(halves(number))
+            mlp.linear_fc2.register_forward_pre_hook(inputs(number, at.ACTIVATION))
         mlp.register_forward_hook(output(at.MLP_OUTPUT, number))
         layer.register_forward_hook(output(at.LAYER_OUTPUT, number))
     model.decoder.final_layernorm.register_forward_hook(output(at.FINAL_NORM))

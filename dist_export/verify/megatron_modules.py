@@ -48,7 +48,12 @@ class ParallelTransformerLayer(TransformerLayer):  # type: ignore[misc]
 
 def layer_spec(config: ModelConfig) -> Any:
     """The local layer spec with what `config` has beyond it."""
-    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_norm)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_experts or None,
+        moe_grouped_gemm=False,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_norm,
+    )
     if config.post_norms:
         spec.submodules.self_attention.submodules.linear_proj = RowParallelLinearWithNorm
         spec.submodules.mlp.submodules.linear_fc2 = RowParallelLinearWithNorm

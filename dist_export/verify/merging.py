@@ -32,8 +32,8 @@ def merge_rows(
         if first >= end:
             continue
         start = term.b_row + first - term.rows[0]
-        a = _float32(read(term.a, (0, term.a.shape[0])), dtype_by_name(term.a.dtype))
-        b = _float32(read(term.b, (start, start + end - first)), dtype_by_name(term.b.dtype))
+        a = to_float32(read(term.a, (0, term.a.shape[0])), dtype_by_name(term.a.dtype))
+        b = to_float32(read(term.b, (start, start + end - first)), dtype_by_name(term.b.dtype))
         for number in range(end - first):
             row = band[first - rows[0] + number]
             total = np.zeros(a.shape[1], np.float32)
@@ -41,10 +41,10 @@ def merge_rows(
                 product = weight * a[k]
                 total = total + product if k else product
             with np.errstate(over="ignore", invalid="ignore"):
-                row[...] = _rounded(_float32(row, slab.dtype) + np.float32(term.factor) * total, slab.dtype)
+                row[...] = rounded(to_float32(row, slab.dtype) + np.float32(term.factor) * total, slab.dtype)
 
 
-def _float32(raw: Block, dtype: DType) -> Float32:
+def to_float32(raw: Block, dtype: DType) -> Float32:
     """Exact."""
     if dtype is FLOAT32:
         return raw.view(np.float32)
@@ -53,7 +53,7 @@ def _float32(raw: Block, dtype: DType) -> Float32:
     return (raw.astype(np.uint32) << 16).view(np.float32)
 
 
-def _rounded(values: Float32, dtype: DType) -> Block:
+def rounded(values: Float32, dtype: DType) -> Block:
     """To nearest, ties to even."""
     if dtype is FLOAT32:
         return values.view(np.uint32)

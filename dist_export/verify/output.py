@@ -118,12 +118,34 @@ class OutputReader:
     def read(self, tensor: OutputTensor, region: Region) -> Block:
         """The elements of `region` [rows, columns]. One read call per run of bytes that is contiguous in the file."""
         planned = tensor.planned
+        if planned.is_permuted:
+            return self._read_permuted(tensor, region)
         if planned.transposed:
             height = planned.view.shape[0]
             stored = self._read_rows(tensor, height, Region(region.columns, region.rows))
             turned: Block = stored.T
             return turned
         return self._read_rows(tensor, tensor.width, region)
+
+    def _read_permuted(self, tensor: OutputTensor, region: Region) -> Block:
+        """`region` of a tensor whose slices are transposed or have alternating halves."""
+        planned, itemsize = tensor.planned, tensor.planned.dtype.itemsize
+        shape = planned.view.shape
+        out = shape[1]
+        block: Block = np.empty(region.shape, f"u{itemsize}")
+        if not planned.transposed:  # [slices, out]
+            for first, end, stored, step in _halves(region.columns, out, planned.interleaved):
+                part = self._read_rows(tensor, out, Region(region.rows, stored))
+                block[:, first - region.columns[0] : end - region.columns[0]] = part[:, ::step]
+            return block
+        for number in range(region.rows[0] // out, -(-region.rows[1] // out)):
+            top = number * out - region.rows[0]
+            rows = max(-top, 0), min(region.rows[1] - number * out, out)
+            lines = number * shape[2] + region.columns[0], number * shape[2] + region.columns[1]
+            for first, end, stored, step in _halves(rows, out, planned.interleaved):
+                part = self._read_rows(tensor, out, Region(lines, stored))
+                block[top + first : top + end] = part[:, ::step].T
+        return block
 
     def _read_rows(self, tensor: OutputTensor, width: int, region: Region) -> Block:
         """`region` of a tensor stored with `width` elements per row."""
@@ -133,6 +155,21 @@ class OutputReader:
             start = tensor.offset + ((region.rows[0] + first) * width + region.columns[0]) * itemsize
             self.read_at(tensor.file, start, block[first : first + rows].data.cast("B"))
         return block
+
+
+def _halves(
+    span: tuple[int, int], size: int, interleaved: bool
+) -> Iterator[tuple[int, int, tuple[int, int], int]]:
+    """(first, end, span as stored, step in it) of the parts of a span of `size` elements whose halves may alternate."""
+    if not interleaved:
+        yield *span, span, 1
+        return
+    half = size // 2
+    for number in (0, 1):
+        first, end = max(span[0], number * half), min(span[1], (number + 1) * half)
+        if first < end:
+            start = 2 * (first - number * half) + number
+            yield first, end, (start, start + 2 * (end - first) - 1), 2
 
 
 def _runs(region: Region, width: int) -> Iterator[tuple[int, int]]:

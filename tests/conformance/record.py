@@ -20,6 +20,10 @@ Where FOLDER comes from: the Megatron weights were put under transformers' names
 within 5e-6 in fp32) and converted by TensorRT-LLM 0.14. That release knows no Nemotron: for nemotron.json the same
 weights went through its GPT converter under Starcoder2's names, with the one added to the norms, which is what later
 releases do. `config.json` then got `bias`, `hidden_act` and `architecture` of such a model; TensorRT-LLM loads it.
+Neither does it know Qwen3: for qwen3.json and qwen3_moe.json the same weights went through its QWen converter under
+Qwen2's names, with zero biases (and a zero shared expert) that were dropped again, the weights of the q/k norms added
+and `config.json` made that of a later release. That release cannot load tied models (llama_3_2, qwen2 and qwen3): it was
+given the embedding as `lm_head.weight` too.
 """
 
 from __future__ import annotations

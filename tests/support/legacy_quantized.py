@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from support.megatron_checkpoints import per_layer_weights
-
-from dist_export.checkpoint.open import open_checkpoint
+from support.quantized import read
 
 Tensors = dict[str, torch.Tensor]
 COLUMN_PARALLEL = re.compile(r"\.(linear_qkv|linear_fc1)\.")
@@ -46,32 +43,35 @@ def of_rank(name: str, tensor: torch.Tensor, rank: int, tp: int) -> torch.Tensor
 
 def layer_states(iteration: Path) -> dict[str, Any]:
     """Name -> the object that the module's ``get_extra_state`` returned."""
-    index = open_checkpoint(iteration).index
-    found = {}
-    for name, record in index.objects.items():
-        with index.path(record.file).open("rb") as file:
-            file.seek(record.offset)
-            (found[name.partition("/")[0]],) = torch.load(io.BytesIO(file.read(record.length)), weights_only=False)
-    return found
+    return {name.partition("/")[0]: each[0] for name, each in read(iteration)[1].items()}
 
 
-def save_as_legacy(iteration: Path, folder: Path, *, tp: int, changes: dict[int, Tensors] | None = None) -> Path:
-    """Write the checkpoint as files of `tp` ranks; `changes` replace tensors of some ranks.
+def rank_tensors(checkpoint: Path, rank: int, tp: int) -> Tensors:
+    """A rank's tensors, as `tp` ranks would have the model."""
+    iteration = checkpoint / "iter_0000010"
+    tensors = global_tensors(iteration, int(common_state(iteration)["args"].tensor_model_parallel_size))
+    return {name: of_rank(name, tensor, rank, tp).clone() for name, tensor in tensors.items()}
 
-    Arguments are kept but for the layout, ModelOpt's state goes into every rank's file, where Megatron puts it.
+
+def common_state(iteration: Path) -> dict[str, Any]:
+    """common.pt, which only Megatron's own enums keep from being plain values."""
+    state: dict[str, Any] = torch.load(iteration / "common.pt", weights_only=False)
+    return state
+
+
+def save_as_legacy(checkpoint: Path, folder: Path, *, tp: int, changes: dict[int, Tensors] | None = None) -> Path:
+    """Write a --save folder's model as files of `tp` ranks; `changes` replace tensors of some ranks.
+
+    ModelOpt's state is in every rank's file, where Megatron puts it.
     """
-    opened = open_checkpoint(iteration)
-    arguments = {k: v for k, v in (opened.arguments or {}).items() if isinstance(v, int | float | str | None)}
-    arguments["tensor_model_parallel_size"] = tp
-    tensors = global_tensors(iteration, int((opened.arguments or {})["tensor_model_parallel_size"]))
+    iteration = checkpoint / "iter_0000010"
+    common, states = common_state(iteration), layer_states(iteration)
+    common["args"].tensor_model_parallel_size = tp
     modelopt = torch.load(iteration / "modelopt_state" / "common.pt", weights_only=False)
-    states = layer_states(iteration)
     for rank in range(tp):
-        model: dict[str, Any] = {name: of_rank(name, each, rank, tp).clone() for name, each in tensors.items()}
-        model |= states | (changes or {}).get(rank, {})
-        state = {"model": model, "args": argparse.Namespace(**arguments), "iteration": 10, "checkpoint_version": 3.0}
+        model = {**rank_tensors(checkpoint, rank, tp), **states, **(changes or {}).get(rank, {})}
         path = folder / "iter_0000010" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
         path.parent.mkdir(parents=True)
-        torch.save({**state, "modelopt_state": modelopt}, path)
+        torch.save({**common, "model": model, "modelopt_state": modelopt}, path)
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     return folder

@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
-import make_checkpoint  # noqa: E402
-import megatron_on_cpu  # noqa: E402  before torch, because it hides the GPUs
-import save_formats  # noqa: E402
+import make_checkpoint
+import megatron_on_cpu
+import save_formats
 
 SIZES = "--layers 2 --hidden 32 --heads 8 --kv-groups 2 --ffn 48 --vocab 121 --seq 32 --norm-epsilon 1e-6 --seed 7"
 """Two key/value heads, fewer than the ranks at tp 4; a vocabulary that needs padding rows there."""
@@ -80,7 +80,9 @@ def substitute(kin: Kin) -> None:
 
 def options_of(name: str, out: Path, more: list[str]) -> argparse.Namespace:
     """The options of launch/make_checkpoint.py for a family, resolved."""
-    options = make_checkpoint.build_parser().parse_args([str(out), *SIZES.split(), *FAMILIES[name].options.split(), *more])
+    options = make_checkpoint.build_parser().parse_args(
+        [str(out), *SIZES.split(), *FAMILIES[name].options.split(), *more]
+    )
     make_checkpoint.resolve(options)
     return options
 

@@ -123,6 +123,42 @@ MODELS["decilm"] = Model(
     kind="heterogeneous",
 )
 
+_YARN = {"factor": 32.0, "original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0}
+MODELS["gpt_oss"] = Model(
+    {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 24,
+        "moe_ffn_hidden_size": 24,
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "softmax_type": "learnable",
+        "window_size": (7, 0),
+        "window_attn_skip_freq": 2,
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": 7.0,
+    },
+    gpt={"rotary_base": 150000},
+    args={
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "position_embedding_type": "yarn",
+        "rotary_base": 150000,
+        "swiglu": False,
+        "quick_geglu": True,
+        "rotary_scaling_factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+        **{f"yarn_{name}": value for name, value in _YARN.items() if name != "factor"},
+        "yarn_correction_range_round_to_int": False,
+    },
+)
+
 
 def options_of(arguments: argparse.Namespace) -> argparse.Namespace:
     """What megatron_on_cpu wants to know of the layout."""
@@ -157,10 +193,13 @@ def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 
+    from megatron.core.activations import quick_gelu
+
+    activation = quick_gelu if model.args.get("quick_geglu") else torch.nn.functional.silu
     fields = {
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": activation,
         "add_bias_linear": False,
         "moe_token_dispatcher_type": "allgather",
         "moe_router_load_balancing_type": "none",
@@ -189,6 +228,11 @@ def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+    if model.args.get("position_embedding_type") == "yarn":  # attributes without fields (argument_utils.py of 0.19)
+        yarn = {f"yarn_{name}": value for name, value in {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.0}.items()}
+        yarn |= {"yarn_rotary_scaling_factor": _YARN["factor"], "yarn_correction_range_round_to_int": False}
+        for name, value in yarn.items():
+            setattr(config, name, value)
     if model.kind == "heterogeneous":
         spec = get_gpt_heterogeneous_layer_spec(config, False)
     else:

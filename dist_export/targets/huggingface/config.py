@@ -89,6 +89,5 @@ ROPE_IN_A_WINDOW: tuple[Limit, ...] = (
 ROPE: tuple[Limit, ...] = (
     *ROPE_IN_A_WINDOW,
     (lambda m: m.window_size is None, "it has no attention window"),
-    (lambda m: m.rope_scaling is None or m.rope_scaling.kind != "yarn", "yarn rotary scaling is not expressible"),
 )
 DENSE: Limit = (lambda m: m.num_experts == 0, "it has no experts")

@@ -136,7 +136,6 @@ GATED_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu"}
 REPRESENTABLE: tuple[Limit, ...] = (
     (lambda m: m.position_embedding != "none", "a model without position embeddings is not representable"),
     (lambda m: m.activation in PLAIN_ACTIVATIONS, "this activation does not exist there"),
-    (lambda m: m.rope_scaling is None or m.rope_scaling.kind != "yarn", "yarn rotary scaling is not supported there"),
 )
 NO_QK_NORM: Limit = (lambda m: not m.qk_norm, "q/k norm is not supported for this architecture")
 ANY_CLASS: tuple[Limit, ...] = (*REPRESENTABLE, NO_QK_NORM)
