@@ -59,10 +59,8 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
     options = build_parser().parse_args(arguments)
-    commands = {
-        **{"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify},
-        **{"families": _families, "report": _report},
-    }
+    commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "report": _report}
+    commands["families"] = _families
     try:
         return commands[options.command](options)
     except ExportError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_export.errors import ExportError
-from dist_export.report import format_bytes
+from dist_export.runtime.progress import format_bytes
 
 NAME = "export_report.html"
 MANIFEST, QUANTIZATION, CONFIG = "export_manifest.json", "quantization_report.json", "config.json"

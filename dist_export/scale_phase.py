@@ -12,6 +12,7 @@ from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
 from dist_export.models.low_rank import Updates
 from dist_export.models.quantization import Quantization
+from dist_export.runtime.collective import all_reduce_max
 from dist_export.runtime.group import Group
 
 KEPT = "scales.json"
@@ -19,11 +20,11 @@ KEPT = "scales.json"
 
 
 def find_scales(
-    quantization: Quantization, index: CheckpointIndex, group: Group, *, updates: Updates, staging: Path | None
+    quantization: Quantization, index: CheckpointIndex, group: Group, *, device: str, updates: Updates, staging: Path | None
 ) -> tuple[ScaleTable, int]:
     """The scale table and the bytes this process read for it. All ranks call it, rank 0 with its staging folder.
 
-    Each process finds its share, one MAX all-reduce makes the table. A table that an earlier run left in `staging` is
+    Each process finds its share, one MAX all-reduce (over NCCL where every rank has a GPU, `device`) makes the table. A table that an earlier run left in `staging` is
     taken as it is, so that a resumed run quantises with the very same scales. Raises `ExportError`.
     """
     kept = staging / KEPT if staging is not None else None
@@ -35,7 +36,7 @@ def find_scales(
     with closing(SourceFiles(index)) as sources:
         reader = ViewReader(sources, index.shapes(), updates)
         values = find(entries, share(entries, group.rank, group.world_size), reader)
-        table = table_of(entries, group.all_reduce_max(values, step="scales"), quantization)
+        table = table_of(entries, all_reduce_max(values, group, step="scales", device=device), quantization)
         if kept is not None:
             try:
                 kept.write_bytes(table.encode())

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dist_export import __version__
+from dist_export import __version__, export_report
 from dist_export.agreement import Agreement
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.execute import Budget, Converter, Executor, TensorEncoder
@@ -24,7 +24,6 @@ from dist_export.convert.profile import Profile
 from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
-from dist_export import export_report
 from dist_export.errors import ExportError
 from dist_export.export_report import render_folder
 from dist_export.local_staging import local_folder, make_local_folder, read_token, remove_local_folder, write_token
@@ -316,14 +315,9 @@ class ExportSession:
     def _encoder(self, sources: SourceFiles) -> TensorEncoder:
         """What makes codes and scales. Torch is imported here."""
         from dist_export.convert.encode import Encoder
-        from dist_export.convert.torch_arithmetic import default_device
-
-        device = self.options.device
-        if device == "auto":
-            device = default_device(self.group.world.local_rank)
         assert self._table is not None, "the scale phase comes first"
         shapes, updates = self.checkpoint.index.shapes(), self.job.catalog.updates
-        return Encoder(self._table, ViewReader(sources, shapes, updates, self._table.rows), device)
+        return Encoder(self._table, ViewReader(sources, shapes, updates, self._table.rows), self._device())
 
     def _find_scales(self) -> None:
         quantization = next((plan.quantization for plan in self.job.plans if plan.quantization), None)
@@ -334,10 +328,19 @@ class ExportSession:
                 quantization,
                 self.checkpoint.index,
                 self.group,
+                device=self._device(),
                 updates=self.job.catalog.updates,
                 staging=self.staging.folder if self.staging is not None else None,
             )
         self.report.bytes_read += num_bytes
+
+    def _device(self) -> str:
+        """The torch device of this process. Torch is imported here, where it is to be found out."""
+        if self.options.device != "auto":
+            return self.options.device
+        from dist_export.convert.torch_arithmetic import default_device
+
+        return default_device(self.group.world.local_rank)
 
     def _converter(self, uses: Sequence[Use]) -> Converter:
         """What does the arithmetic of `uses`. Torch is imported here, and only when it pays."""

@@ -212,7 +212,8 @@ def _add_normalization(arguments: dict[str, object], origin: str) -> None:
     if known is None:
         raise ExportError(f"{origin}: normalization is {name!r:.60}, expected one of {', '.join(_NORMALIZATIONS)}")
     arguments["normalization"] = known
-    arguments["layernorm_zero_centered_gamma"] = str(name).lower() == "layernorm1p"
+    named = arguments.get("layernorm_zero_centered_gamma") is True  # an RMSNorm's way to say it, from NeMo 2.0 on
+    arguments["layernorm_zero_centered_gamma"] = named or str(name).lower() == "layernorm1p"
 
 
 def _add_sizes(arguments: dict[str, object]) -> None:

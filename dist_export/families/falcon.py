@@ -20,7 +20,16 @@ from dist_export.targets.huggingface.architecture import HuggingFaceModel
 from dist_export.targets.trtllm import config as trtllm
 from dist_export.targets.trtllm.architecture import EngineModel, ReleaseLimit
 from dist_export.targets.trtllm.releases import COMMON_KEYS, Keys, Span
-from dist_export.targets.trtllm.tables import COLUMN_PARALLEL, LAYER, LOGICAL, EmbeddingSharding, ends, linear, norm, qkv
+from dist_export.targets.trtllm.tables import (
+    COLUMN_PARALLEL,
+    LAYER,
+    LOGICAL,
+    EmbeddingSharding,
+    ends,
+    linear,
+    norm,
+    qkv,
+)
 
 
 def unmet(config: ModelConfig) -> list[str]:

@@ -167,9 +167,9 @@ class _Reader:
         return SourceRule(
             where,
             names,
-            self._one_of(LAYOUT_OPS, values, "op", "same", where),
-            self._one_of(VALUE_OPS, values, "values", "none", where),
-            self._one_of(CONDITIONS, values, "when", "always", where),
+            op=self._one_of(LAYOUT_OPS, values, "op", "same", where),
+            values=self._one_of(VALUE_OPS, values, "values", "none", where),
+            when=self._one_of(CONDITIONS, values, "when", "always", where),
         )
 
     def _target(self, entry: object) -> TargetRule | None:
@@ -186,10 +186,10 @@ class _Reader:
             where,
             inputs,
             self._one_of(SCOPES, values, "scope", "layer" if "{layer}" in where else "first", where),
-            None if dtype is None else str(dtype),
-            self._one_of(VALUE_OPS, values, "values", "none", where),
-            values.get("transposed") is True,
-            self._one_of(CONDITIONS, values, "when", "always", where),
+            dtype=None if dtype is None else str(dtype),
+            values=self._one_of(VALUE_OPS, values, "values", "none", where),
+            transposed=values.get("transposed") is True,
+            when=self._one_of(CONDITIONS, values, "when", "always", where),
         )
 
     def _input(self, entry: object, where: str) -> Input | None:

@@ -33,6 +33,8 @@ class Modules:
     """Name of a state -> the module that returns it."""
     inputs: Mapping[str, str]
     """Name of a state -> the module that takes it."""
+    own_attention: bool = False
+    """Its attention cannot be exchanged for one that records: query, key and value are not compared."""
 
 
 _DECODER_OUTPUTS = {
@@ -94,6 +96,7 @@ MODULES = {
             at.LAYER_OUTPUT: "",
         },
         {at.CONTEXT: "self_attention.dense", at.ACTIVATION: "mlp.dense_4h_to_h"},
+        own_attention=True,
     ),
     "gpt2": Modules(
         "transformer.h",
@@ -163,7 +166,8 @@ def _watch(model: Any, modules: Modules, trace: Trace) -> None:
 
     def output(point: Point, source: str) -> Callable[..., None]:
         def hook(_: object, __: object, result: Any) -> None:
-            trace.record(point, result[0] if isinstance(result, tuple) else result, source)
+            state = result[0] if isinstance(result, tuple) else result
+            trace.record(point, state.clone(), source)  # some models add to it in place
 
         return hook
 
@@ -185,7 +189,8 @@ def _watch(model: Any, modules: Modules, trace: Trace) -> None:
         for name, module in modules.inputs.items():
             hook = first_input(Point(name, number), f"{path}, what goes into {module}")
             layer.get_submodule(module).register_forward_pre_hook(hook)
-    _record_attention(model, modules, trace)
+    if not modules.own_attention:
+        _record_attention(model, modules, trace)
 
 
 def _record_attention(model: Any, modules: Modules, trace: Trace) -> None:
@@ -193,6 +198,9 @@ def _record_attention(model: Any, modules: Modules, trace: Trace) -> None:
     transformers: Any = importlib.import_module("transformers")
     sdpa: Any = importlib.import_module("transformers.integrations.sdpa_attention")
     masks: Any = importlib.import_module("transformers.masking_utils")
+    forward, mask = sdpa.sdpa_attention_forward, masks.sdpa_mask
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:  # which sdpa cannot
+        forward, mask = importlib.import_module(type(model).__module__).eager_attention_forward, masks.eager_mask
     numbers: dict[int, int] = {}
     for number, layer in enumerate(model.get_submodule(modules.layers)):
         numbers |= {id(module): number for module in layer.modules()}
@@ -202,8 +210,8 @@ def _record_attention(model: Any, modules: Modules, trace: Trace) -> None:
         for name, state in ((at.QUERY, query), (at.KEY, key), (at.VALUE, value)):
             source = f"{modules.layers}.{number}, {name} projection"
             trace.record(Point(name, number), state.transpose(1, 2), source)
-        return sdpa.sdpa_attention_forward(module, query, key, value, *args, **kw)
+        return forward(module, query, key, value, *args, **kw)
 
     transformers.AttentionInterface.register(_ATTENTION, attend)
-    transformers.AttentionMaskInterface.register(_ATTENTION, masks.sdpa_mask)
+    transformers.AttentionMaskInterface.register(_ATTENTION, mask)
     model.set_attn_implementation(_ATTENTION)

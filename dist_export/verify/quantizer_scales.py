@@ -90,8 +90,10 @@ class QuantizerScales:
         form = self.form(module)
         assert form is not None, f"{module} is not quantised"
         found = self.quantization.tensors.find(module, Quantizer.WEIGHT, Quantity.AMAX, form.level)
+        if found is None and form.grain is Grain.ROW:
+            return self._measured_rows(weight)
         if found is None:
-            raise ExportError(f"{module}: the checkpoint has no amax of its weight's {form.grain.value}")
+            raise ExportError(f"{module}: the checkpoint has no amax of {form.grain.value} of its weight")
         amax = self._read(found)
         if in_order and self._is_gated(module):
             amax = self._gate_before_up(amax, found)
@@ -172,6 +174,16 @@ class QuantizerScales:
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return values
+
+    def _measured_rows(self, weight: SourceTensor) -> Float32:
+        """``[rows, 1]``: amax of the rows of a weight that nobody has calibrated."""
+        with self._lock:
+            if weight in self._kept:
+                return self._kept[weight]
+        rows = np.concatenate([np.abs(block).max(1, keepdims=True) for block in self._blocks(weight)])
+        with self._lock:
+            self._kept[weight] = rows
+        return rows
 
     def _measure(self, module: ModuleName) -> np.float32:
         largest = np.float32(0)

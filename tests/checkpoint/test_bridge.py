@@ -121,11 +121,16 @@ def test_bridge_saves_gated_rows_in_order_whatever_the_configuration(tmp_path: P
     assert model_of(top).gated
 
 
-def test_gemma_is_refused(tmp_path: Path) -> None:
+def test_gemma_scales_its_embeddings_without_a_field_that_says_so(tmp_path: Path) -> None:
     top = write_bridge(tmp_path / "a", small_model(LLAMA))
     target = "megatron.bridge.models.gemma.gemma_provider.GemmaModelProvider2B"
     change_yaml(top / "iter_0000010" / "run_config.yaml", "model", _target_=target)
-    with pytest.raises(ExportError, match=r"apply_embedding_scaling = True cannot be exported: .*sqrt\(hidden_size\)"):
+    assert model_of(top).embedding_scaling
+
+
+def test_gemma_3_is_refused(tmp_path: Path) -> None:
+    top = write_bridge(tmp_path / "a", small_model(LLAMA), interleaved_attn_pattern=[5, 1])
+    with pytest.raises(ExportError, match="interleaved_attn_pattern = .* cannot be exported: .*rotate by another base"):
         model_of(top)
 
 

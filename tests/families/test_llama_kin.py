@@ -19,8 +19,8 @@ from dist_export.plan.layout import TargetLayout
 CHECKPOINTS = Path(__file__).parents[1] / "conformance" / "checkpoints"
 MOE = {"num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 64}
 SHARED = {"moe_shared_expert_ffn_hidden_size": 64, "moe_shared_expert_gate": True}
-MEASURED = 2e-5
-"""Above what equal weights show in these models: 3e-6."""
+MEASURED = 5e-5
+"""Above what equal weights show in these models: 3e-6, and 2e-5 in the larger Mixtral."""
 
 
 def checkpoint_of(family: str) -> Path:

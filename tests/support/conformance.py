@@ -19,6 +19,7 @@ CHECKPOINTS = {
     "moonlight_core_0_16_tp2": "moonlight",
     "deepseek_v2_core_0_16": "deepseek_v2",
     "decilm_core_0_16": "decilm",
+    "gpt_oss_core_0_16": "gpt_oss",
     "gemma_bridge_core_0_16_tp2": "gemma",
     "gemma2_bridge_core_0_16_tp2": "gemma2",
     "falcon_7b_nemo1_core_0_16_tp2": "falcon_7b",

@@ -186,6 +186,22 @@ def substitute_for_latent_attention() -> None:
     dot_product_attention.DotProductAttention.__init__ = with_value_size
 
 
+def substitute_for_windows() -> None:
+    """The mask of an attention window is made on the GPU."""
+    from megatron.core.fusions import fused_softmax
+
+    original, ones = fused_softmax.get_sliding_window_causal_mask, torch.ones
+
+    def on_cpu(*args: Any, **kw: Any) -> torch.Tensor:
+        torch.ones = lambda *sizes, device=None, **kw: ones(*sizes, **kw)  # type: ignore[assignment]
+        try:
+            return original.__wrapped__(*args, **kw) if hasattr(original, "__wrapped__") else original(*args, **kw)
+        finally:
+            torch.ones = ones
+
+    fused_softmax.get_sliding_window_causal_mask = on_cpu
+
+
 def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
     """One rank's GPTModel with unset weights."""
     from megatron.core import parallel_state, transformer
@@ -332,6 +348,7 @@ def main() -> None:
     model, layout = MODELS[arguments.name], options_of(arguments)
     megatron_on_cpu.substitute_cuda()
     substitute_for_latent_attention()
+    substitute_for_windows()
     address = "env://" if "RANK" in os.environ else f"file://{tempfile.mkdtemp()}/rendezvous"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)

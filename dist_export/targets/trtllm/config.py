@@ -49,11 +49,17 @@ def model_notes(model: ModelConfig) -> list[str]:
     if model.activation == "gelu":
         notes.append("the model was trained with exact gelu; TensorRT-LLM computes every gelu as its tanh form")
     if model.window_size:
+        where = "" if model.window_layers is None else f" in layers {_numbers(model.window_layers)}"
         notes.append(
-            f"attention is limited to a window of {model.window_size + 1} tokens: give it to the runtime "
-            "(max_attention_window_size), the checkpoint cannot say it"
+            f"attention is limited to a window of {model.window_size + 1} tokens{where}: give it to the runtime "
+            "(max_attention_window_size, one number per layer where they differ), the checkpoint cannot say it"
         )
     return notes
+
+
+def _numbers(flags: tuple[int, ...]) -> str:
+    """Layers with a flag, as people count them in config files: from 0."""
+    return ", ".join(str(layer) for layer, flag in enumerate(flags) if flag)
 
 
 def engine_faults(engine: EngineModel, model: ModelConfig, layout: TargetLayout) -> Faults:

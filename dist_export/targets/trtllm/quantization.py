@@ -1,4 +1,4 @@
-"""Quantised linears as TensorRT-LLM's loader wants them on disk, and the ``quantization`` table of config.json.
+"""Quantised linears as TensorRT-LLM's loader wants them on disk.
 
 Sources: tensorrt_llm/quantization/layers.py (parameters of FP8Linear, SmoothQuantLinear, WeightOnlyGroupwiseQuantLinear,
 FP4Linear), tensorrt_llm/models/modeling_utils.py (``QuantConfig``, ``preprocess_weights``), and what ModelOpt writes.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
-from dist_export.errors import ExportError, Faults
-from dist_export.models.quantization import CORE_ATTENTION, Quantization, kv_module
+from dist_export.models.quantization import Quantization, kv_module
 from dist_export.plan.quantize import FP4, FP8_MAX, INT8_MAX, Dialect, Role
 from dist_export.plan.recipes import Constant, Recipe, Scalars
 from dist_export.plan.shard import PlannedTensor, Resolved
-from dist_export.targets.trtllm.releases import RELEASES
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import FLOAT32, INT8
 from dist_export.tensors.views import View
@@ -34,7 +31,10 @@ NAMES = {
         Role.PRE_QUANT_SCALE: _FACTOR,
     },
     Scheme.NVFP4: {Role.WEIGHT_SCALE: _WEIGHT, Role.WEIGHT_SCALE_2: _SECOND, Role.INPUT_SCALE: _INPUT},
+    Scheme.INT8_WO: {},
+    Scheme.INT4_WO: {},
 }
+"""Weight-only linears are written as they are: the loader quantises them for the GPU that it finds."""
 
 
 def _scalar_shape(scheme: Scheme) -> Shape:
@@ -74,57 +74,3 @@ DIALECT = Dialect(
     int4_dtype=INT8,
     more=kv_cache_tensors,
 )
-
-WEIGHT_ONLY = (Scheme.INT8_WO, Scheme.INT4_WO)
-"""Written as plain weights: the loader quantises them for the GPU that it finds."""
-
-
-def quantization_table(quantization: Quantization, num_layers: int) -> dict[str, object]:
-    """``quantization`` in config.json. `exclude_modules` replaces the loader's own list, so it is complete."""
-    scheme = quantization.overall
-    if scheme is Scheme.MIXED:
-        raise ExportError("linears are quantised in different ways, which this target cannot write yet; see --exclude")
-    kv_cache = None if quantization.kv_cache is KvScheme.NONE else quantization.kv_cache.value
-    table: dict[str, object] = {
-        "quant_algo": None if scheme is Scheme.NONE else scheme.value,
-        "kv_cache_quant_algo": kv_cache,
-    }
-    if scheme in FP4:
-        table["group_size"] = 16
-    if scheme in (Scheme.INT4_AWQ, Scheme.W4A8_AWQ):
-        size = {each.group_size for each in quantization.schemes.values()}
-        table |= {"group_size": size.pop() or 128, "has_zero_point": False, "pre_quant_scale": True}
-    if scheme is not Scheme.NONE:
-        config = quantization.logical.config
-        routers = range(num_layers) if config.num_experts else ()
-        table["exclude_modules"] = ["lm_head", *(f"transformer.layers.{layer}.mlp.router" for layer in routers)]
-    return table
-
-
-FIRST_RELEASE = {Scheme.NVFP4: "0.17"}
-"""Schemes that not every release has (tensorrt_llm/quantization/mode.py, ``QuantAlgo``)."""
-
-
-def valid_releases(quantization: Quantization, releases: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `releases` that know the scheme; `ExportError` when none does."""
-    first = FIRST_RELEASE.get(quantization.overall)
-    valid = tuple(each for each in releases if first is None or RELEASES.index(each) >= RELEASES.index(first))
-    if not valid:
-        raise ExportError(f"{quantization.overall.value} is in TensorRT-LLM from {first} on, not in {releases[-1]}")
-    return valid
-
-
-def weight_only_faults(quantization: Quantization, tp_size: int) -> Faults:
-    """Linears whose sizes the loader's weight-only kernels do not take: multiples of 64 x tp on both sides."""
-    faults = Faults(f"{quantization.overall.value} weights at tp {tp_size}")
-    multiple = 64 * tp_size
-    for module in quantization.modules():
-        weight = quantization.logical.catalog.find(f"{module.pattern}.weight", layer=module.layer, expert=module.expert)
-        if weight is not None and any(size % multiple for size in weight.shape):
-            faults.add(f"{weight.slab} {list(weight.shape)}: its sizes are no multiples of 64 x tp = {multiple}")
-    return faults
-
-
-def kv_module_names(num_layers: int) -> list[ModuleName]:
-    """Every layer's attention, for messages."""
-    return [ModuleName(CORE_ATTENTION, layer) for layer in range(num_layers)]

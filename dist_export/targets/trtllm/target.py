@@ -19,6 +19,7 @@ from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.trtllm import quantization as quantized
 from dist_export.targets.trtllm.architecture import EngineModel, choose_engine
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
+from dist_export.targets.trtllm.quantization_config import quantization_config
 from dist_export.targets.trtllm.releases import RELEASES, check_config, described, parse_release, split_layers
 from dist_export.targets.trtllm.tables import EmbeddingSharding
 from dist_export.tensors.dtypes import dtype_by_name
@@ -83,17 +84,14 @@ def plan_export(
     engine_faults(engine, model, layout).raise_if_any()
     releases = engine.valid_releases(model, layout, options.dtype, wanted)
     config = build_config(engine, model, layout, ServingOptions(options.dtype, options.embedding))
-    quantizer = None
+    rules, quantizer, documents = engine.rules(options.embedding), None, {}
     if quantization is not None:
-        releases = quantized.valid_releases(quantization, releases)
-        config["quantization"] = quantized.quantization_table(quantization, model.num_layers)
+        written = quantization_config(quantization, rules, layout, releases)
+        releases, config["quantization"], documents = written.releases, written.table, written.documents
         quantizer = LinearQuantizer(quantization, quantized.DIALECT)
-        if quantization.overall in quantized.WEIGHT_ONLY:
-            quantized.weight_only_faults(quantization, layout.tp_size).raise_if_any()
-            quantizer = None
     check_config(config, engine.keys, releases)
     logical = LogicalModel(catalog, family.source_rules, model)
-    planner = ShardPlanner(engine.rules(options.embedding), logical, layout, dtype_by_name(options.dtype), quantizer)
+    planner = ShardPlanner(rules, logical, layout, dtype_by_name(options.dtype), quantizer)
     return ExportPlan(
         target=NAME,
         folder=folder,
@@ -104,13 +102,14 @@ def plan_export(
         quantization=quantization,
         files=RankFiles(planner),
         config=config,
+        more_documents=documents,
         options=asdict(options),
         facts={
             "layout": f"{layout}, layers per stage {', '.join(map(str, layout.layers_per_stage))}",
             "valid in": f"TensorRT-LLM {described(releases)}",
             "next": "trtllm-build --checkpoint_dir {output} --output_dir ENGINES",
         },
-        notes=(*resolved.notes, *model_notes(model), *engine.notes(model)),
+        notes=(*resolved.notes, *model_notes(model), *engine.notes(model), *(quantization.notes if quantization else ())),
     )
 
 
