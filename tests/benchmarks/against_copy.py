@@ -1,9 +1,9 @@
 """Time an export against a plain parallel copy of the same bytes, in one run.
 
-    python tests/benchmarks/against_copy.py [--cache DIR] [--runs 5] [--tp 1 2 4] [--cold]
+    python tests/benchmarks/against_copy.py [--cache DIR] [--model 2gb|8gb|moe] [--runs 5] [--tp 1 2 4] [--cold]
 
-Makes a real Megatron checkpoint of about 2 GB once (launch/make_checkpoint.py, tp 2) and keeps it in the
-cache folder. Then, interleaved, for each target tp:
+Makes a real Megatron checkpoint once (launch/make_checkpoint.py, tp 2) and keeps it in the cache folder: dense of
+2 or 8 GB, or a mixture of 2 GB in some 6000 small expert weights. Then, interleaved, for each target tp:
 
   copy    as many processes as the export has, each `cp` of its share of the checkpoint's files, then `sync`
   export  `dist-export export` of the same checkpoint; bytes written equal bytes copied; fsync included
@@ -27,26 +27,26 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MODEL = {
-    "style": "llama",
-    "tp": 2,
-    "hidden": 2048,
-    "layers": 16,
-    "heads": 32,
-    "kv-groups": 8,
-    "ffn": 7168,
-    "vocab": 32000,
-    "seq": 2048,
-    "seed": 1,
+LLAMA = {"style": "llama", "tp": 2, "heads": 32, "kv-groups": 8, "vocab": 32000, "seq": 2048, "seed": 1}
+MODELS = {
+    "2gb": ("llama_2gb", {**LLAMA, "hidden": 2048, "layers": 16, "ffn": 7168}),
+    "8gb": ("llama_8gb", {**LLAMA, "hidden": 4096, "layers": 20, "ffn": 11008}),
+    "moe": (
+        "mixtral_2gb",
+        {**LLAMA, "style": "mixtral", "hidden": 1024, "layers": 16, "heads": 16, "kv-groups": 4, "ffn": 2048}
+        | {"experts": 64, "top-k": 2, "moe-ffn": 256, "tp": 1, "ep": 2},
+    ),
 }
+"""Name on the command line -> folder in the cache, options of launch/make_checkpoint.py."""
 START = "import dist_export.launcher, dist_export.api"
 
 
-def make_checkpoint(cache: Path) -> Path:
+def make_checkpoint(cache: Path, model: str = "2gb") -> Path:
     """The checkpoint folder, made on first use."""
-    folder = cache / "llama_2gb"
+    name, settings = MODELS[model]
+    folder = cache / name
     if not (folder / "latest_checkpointed_iteration.txt").exists():
-        arguments = [part for name, value in MODEL.items() for part in (f"--{name}", str(value))]
+        arguments = [part for option, value in settings.items() for part in (f"--{option}", str(value))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         script = REPOSITORY / "launch" / "make_checkpoint.py"
         subprocess.run([sys.executable, str(script), str(folder), *arguments], check=True, env=environment)
@@ -109,12 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
     parser.add_argument("--cache", type=Path, default=default_cache)
+    parser.add_argument("--model", choices=MODELS, default="2gb")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--cold", action="store_true", help="drop the page cache before every run (root)")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
-    checkpoint = make_checkpoint(options.cache)
+    checkpoint = make_checkpoint(options.cache, options.model)
     with tempfile.TemporaryDirectory(dir=options.cache) as work:
         rows = [compare(checkpoint, Path(work), tp, options) for tp in options.tp]
     print("| " + " | ".join(rows[0]) + " |")

@@ -5,8 +5,8 @@
 All start from the same real 2 GB Megatron checkpoint and end with the files on disk (fsync), interleaved:
 
   export    `dist-export export`: rank files and config.json
-  megatron  `dist_checkpointing.load_plain_tensors` of the whole model, Megatron-Core's single-device TensorRT-LLM weight
-            converter with stacked layers (its fastest documented setting, `state_dict_split_by_layer_numbers=False`),
+  megatron  `dist_checkpointing.load_plain_tensors` of the whole model, Megatron-Core's single-device TensorRT-LLM
+            weight converter with stacked layers (its fastest documented setting),
             safetensors `save_file` of every rank. What of tensorrt_llm the converter imports is two helpers of one line
             each, which stand in here. It writes no config.json.
   dcp       `torch.distributed.checkpoint` load of every tensor into memory and save of them again
@@ -53,8 +53,8 @@ weights = {k: v for k, v in dist_checkpointing.load_plain_tensors(source).items(
 config = TransformerConfig(num_layers=16, hidden_size=2048, num_attention_heads=32, num_query_groups=8, kv_channels=64,
                            ffn_hidden_size=7168, normalization="RMSNorm", gated_linear_unit=True,
                            activation_func=torch.nn.functional.silu)
-converter = single.SingleDeviceTRTLLMModelWeightsConverter(ExportConfig(inference_tp_size=tp), config, DataType.bfloat16,
-                                                           activation="swiglu")
+converter = single.SingleDeviceTRTLLMModelWeightsConverter(
+    ExportConfig(inference_tp_size=tp), config, DataType.bfloat16, activation="swiglu")
 converter.convert(weights, DEFAULT_CONVERSION_DICT, state_dict_split_by_layer_numbers=False)
 os.makedirs(target)
 for rank in range(tp):
@@ -82,8 +82,9 @@ import torch, torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 started = time.monotonic()
 reader = dcp.FileSystemReader(sys.argv[1])
+entries = reader.read_metadata().state_dict_metadata.items()
 state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-         for name, entry in reader.read_metadata().state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+         for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 dcp.load(state, storage_reader=reader, no_dist=True)
 dcp.save(state, storage_writer=dcp.FileSystemWriter(sys.argv[2]), no_dist=True)
 print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
