@@ -87,8 +87,8 @@ def _without_scales(te: TeScales, modules: list[ModuleName], known: set[ModuleNa
     if not known and not te.faults:
         recipes = f" (it was trained with {', '.join(sorted(te.recipes))})" if te.recipes else ""
         return (
-            f"{faults}\n  the checkpoint has no scales of activations{recipes}: give --calibration FILE with their amax, "
-            "or --quantization fp8_per_channel, whose activation scales are found while serving"
+            f"{faults}\n  the checkpoint has no scales of activations{recipes}: give --calibration FILE with their "
+            "amax, or --quantization fp8_per_channel, whose activation scales are found while serving"
         )
     return f"{faults}\n  {_hint(modules, known)}"
 

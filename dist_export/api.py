@@ -17,7 +17,7 @@ from dist_export.models.adapters import updates_of
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
-from dist_export.models.quantization import Quantization, QuantizerTensors
+from dist_export.models.quantization import Quantization, QuantizerTensors, unpacked_shapes
 from dist_export.models.resolve import resolve_config
 from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
@@ -94,7 +94,7 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
     quantizers = QuantizerTensors.of(shapes, lambda name: checkpoint.index.tensors[name].num_chunks)
     resolved = resolve_config(
         arguments=checkpoint.arguments,
-        shapes=catalog.folded_shapes(),
+        shapes=unpacked_shapes(catalog),
         num_layers_found=catalog.num_layers,
         overrides=source.overrides,
     )

@@ -92,9 +92,10 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--master-weights", action="store_true",
                         help="take the fp32 weights out of the optimizer's state")  # fmt: skip
     source.add_argument("--quantization", default="auto", metavar="SCHEME",
-                        choices=("auto", "none", "fp8", "fp8_per_channel", "nvfp4", "int8_wo", "int4_wo"),
+                        choices=("auto", "none", "fp8", "fp8_per_channel", "nvfp4", "int8_wo", "int4_wo",
+                                 "int8_sq", "int4_awq"),
                         help="auto (default): as the checkpoint was quantised; none, fp8, fp8_per_channel, nvfp4, "
-                             "int8_wo, int4_wo")  # fmt: skip
+                             "int8_wo, int4_wo; int8_sq, int4_awq with --calibration")  # fmt: skip
     source.add_argument("--calibration", type=Path, metavar="FILE", help="safetensors with amax values of quantisers")
     source.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
                         help="Megatron modules that are not quantised; repeatable")  # fmt: skip
@@ -117,6 +118,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
                         help="trtllm (default) or hf; given twice, both in one pass, in subfolders")  # fmt: skip
     target.add_argument("--hf-reference", type=Path, metavar="DIR",
                         help="hf: a folder of the same model to take configuration and tokenizer from")  # fmt: skip
+    target.add_argument("--hf-quantization-format", default="auto", choices=("auto", "modelopt", "compressed-tensors"),
+                        help="hf: layout of quantised linears; auto (default): one that vLLM reads")  # fmt: skip
     target.add_argument("--tokenizer", type=Path, metavar="DIR", help="hf: a folder with tokenizer files")
     target.add_argument("--max-file-size", type=parse_size, default=5 << 30, metavar="SIZE",
                         help="hf: largest file, default 5g")  # fmt: skip
@@ -132,12 +135,9 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
                         help="0 vocabulary (default), 1 hidden")  # fmt: skip
 
 
-def source_of(options: argparse.Namespace) -> Source:
-    """The source a command line names."""
-    from dist_export.api import Source
-    from dist_export.families.mapping import mapping_from
+def overrides_of(options: argparse.Namespace) -> dict[str, tuple[object, str]]:
+    """Configuration fields that a command line gives, and where it gave them."""
     from dist_export.models.resolve import overrides_from_file, parse_override
-    from dist_export.quantization import QuantizationOptions
 
     overrides = overrides_from_file(options.config) if options.config else {}
     for assignment in options.set:
@@ -153,10 +153,19 @@ def source_of(options: argparse.Namespace) -> Source:
         size = Reference.read(options.hf_reference).vocab_size
         if size is not None:
             overrides["vocab_size"] = (size, f"Hugging Face reference {options.hf_reference}")
+    return overrides
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    """The source a command line names."""
+    from dist_export.api import Source
+    from dist_export.families.mapping import mapping_from
+    from dist_export.quantization import QuantizationOptions
+
     return Source(
         checkpoint=options.checkpoint,
         iteration=options.iteration,
-        overrides=overrides,
+        overrides=overrides_of(options),
         family=options.family,
         index_cache=options.index_cache,
         base=options.base,
@@ -192,6 +201,7 @@ def targets_of(options: argparse.Namespace) -> list[TargetOptions]:
         file_bytes=options.max_file_size,
         reference=str(options.hf_reference.absolute()) if options.hf_reference else None,
         tokenizer=str(options.tokenizer.absolute()) if options.tokenizer else None,
+        quantization_format=options.hf_quantization_format,
     )
     made: dict[str, TargetOptions] = {"trtllm": trtllm, "hf": huggingface}
     return [made[name] for name in dict.fromkeys(options.target or ["trtllm"])]

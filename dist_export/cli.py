@@ -19,6 +19,7 @@ from dist_export.arguments import (
     source_of,
 )
 from dist_export.errors import ExportError
+from dist_export.run_arguments import add_calibrate_arguments, add_evaluate_arguments, add_generate_arguments
 from dist_export.runtime import exit_codes
 
 EPILOG = """examples:
@@ -53,6 +54,9 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     families.add_argument("--markdown", action="store_true", help="as the table of the README")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
     add_verify_arguments(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
+    add_calibrate_arguments(commands.add_parser("calibrate", help="find the scales of a quantised export from texts"))
+    add_generate_arguments(commands.add_parser("generate", help="what an export continues a prompt with"))
+    add_evaluate_arguments(commands.add_parser("evaluate", help="perplexity and ROUGE of an export, with thresholds"))
     return parser
 
 
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
     options = build_parser().parse_args(arguments)
     commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "report": _report}
-    commands["families"] = _families
+    commands |= {"families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
     try:
         return commands[options.command](options)
     except ExportError as error:
@@ -92,6 +96,24 @@ def _verify(options: argparse.Namespace) -> int:
     from dist_export.verify.command import verify_command
 
     return verify_command(options)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dist_export.calibrate.command import calibrate_command
+
+    return calibrate_command(options)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from dist_export.generate import generate_command
+
+    return generate_command(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dist_export.evaluate import evaluate_command
+
+    return evaluate_command(options)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import dist_export
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.ledger import Run, TensorKey, checksum_of
+from dist_export.convert.quality import Quality, merge
 from dist_export.errors import Faults
 from dist_export.plan.export import ExportPlan
 from dist_export.runtime.publication import CONFIG, MANIFEST
@@ -37,6 +38,8 @@ class RankReport:
     """Kind of work -> seconds of all threads together, where a profile was asked for."""
     sha256: dict[str, str] = field(default_factory=dict)
     """File number -> SHA-256, where asked for."""
+    quality: dict[str, list[float]] = field(default_factory=dict)
+    """What codes are worth: "file/tensor" numbers -> the sums of `Quality`."""
     runs: dict[str, list[list[int]]] = field(default_factory=dict)
     """"file/tensor" numbers -> [[offset, length, crc32], …], neighbours merged."""
 
@@ -72,6 +75,8 @@ class CollectedReports:
     runs: dict[str, list[Run]] = field(default_factory=dict)
     """By "file/tensor"."""
     sha256: dict[str, str] = field(default_factory=dict)
+    qualities: dict[str, Quality] = field(default_factory=dict)
+    """By "file/tensor"."""
 
     def add(self, _rank: int, data: bytes) -> None:
         """Take over one rank's encoded report."""
@@ -79,7 +84,8 @@ class CollectedReports:
         for key, runs in report.runs.items():
             self.runs.setdefault(key, []).extend((run[0], run[1], run[2]) for run in runs)
         self.sha256 |= report.sha256
-        report.runs = {}
+        merge(self.qualities, report.quality)
+        report.runs, report.quality = {}, {}
         self.reports.append(report)
 
 
@@ -147,7 +153,7 @@ def build_manifest(
 
 def run_statistics(reports: Iterable[RankReport]) -> list[dict[str, object]]:
     """Per process what it read, wrote and used."""
-    return [{k: v for k, v in asdict(report).items() if k != "runs"} for report in reports]
+    return [{k: v for k, v in asdict(report).items() if k not in ("runs", "quality")} for report in reports]
 
 
 def holds_export(folder: Path, *, fingerprint: Mapping[str, object], request: Mapping[str, object]) -> bool:

@@ -31,10 +31,16 @@ ASKED: Mapping[str, Scheme] = {
     "fp8": Scheme.FP8,
     "fp8_per_channel": Scheme.FP8_PER_CHANNEL_PER_TOKEN,
     "nvfp4": Scheme.NVFP4,
+    "int8_sq": Scheme.INT8_SQ,
+    "int4_awq": Scheme.INT4_AWQ,
     "int8_wo": Scheme.INT8_WO,
     "int4_wo": Scheme.INT4_WO,
 }
 """What ``--quantization`` may ask of a checkpoint that is not quantised."""
+GROUP_SIZES: Mapping[Scheme, int] = {Scheme.NVFP4: 16, Scheme.INT4_AWQ: 128}
+"""Columns that share a scale."""
+SMOOTHED = (Scheme.INT8_SQ, Scheme.INT4_AWQ)
+"""Schemes that move part of the activations' range into the weights, by a factor that calibration finds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +135,7 @@ def _as_calibrated(
     modules: list[ModuleName],
 ) -> Quantization | None:
     """As ModelOpt has quantised the model."""
+    _refuse_smoothing(tensors, "ModelOpt has quantised this checkpoint, and its weights are stored as they are served")
     named = modelopt.linears(linear_modules(logical))
     left_out = set(named) - set(modules)
     faults = Faults("--exclude: the weight is stored smoothed or quantised, and means nothing without its scales")
@@ -176,7 +183,7 @@ def _asked(
 ) -> Quantization:
     """As the user asks, of a checkpoint that is not quantised."""
     scheme = ASKED[options.algorithm]
-    if states.modelopt is not None:
+    if states.modelopt is not None and states.modelopt.overall(linear_modules(logical)) is not Scheme.NONE:
         raise ExportError(
             f"--quantization {options.algorithm}: ModelOpt has quantised this checkpoint; leave the option out to "
             "export it as it was calibrated"
@@ -184,8 +191,11 @@ def _asked(
     _refuse_smoothed(tensors)
     if not modules:
         raise ExportError(f"--quantization {options.algorithm}: --exclude leaves no linear of the model")
-    size = 16 if scheme is Scheme.NVFP4 else None
-    schemes = {name: LinearScheme(scheme, group_size=size) for name in modules}
+    schemes = {name: LinearScheme(scheme, group_size=GROUP_SIZES.get(scheme)) for name in modules}
+    if scheme in SMOOTHED:
+        _require_smoothing(tensors, modules, options.algorithm)
+    else:
+        _refuse_smoothing(tensors, f"--quantization {options.algorithm} leaves weights as they are")
     inputs = InputScales()
     if scheme is Scheme.FP8:
         inputs = te_input_scales(states.te, tensors, modules)
@@ -193,6 +203,33 @@ def _asked(
         _require_amax(tensors, modules, options.algorithm)
     origin = f"--quantization {options.algorithm}"
     return Quantization(schemes, logical, tensors, origin, inputs.scales, notes=tuple(inputs.notes))
+
+
+def _refuse_smoothing(tensors: QuantizerTensors, why: str) -> None:
+    found = [name for name in tensors.catalog.patterns() if name.endswith(Quantity.SMOOTHING.value)]
+    if found:
+        raise ExportError(
+            f"--calibration: {why}, but the file says how to smooth them ({found[0]} and {len(found) - 1} more): it "
+            "was made for another scheme"
+        )
+
+
+def _require_smoothing(tensors: QuantizerTensors, modules: list[ModuleName], asked: str) -> None:
+    """`ExportError` naming every module of which the factor, or the amax of the smoothed weight, is not known."""
+    needed = (
+        (Quantizer.INPUT, Quantity.PRE_QUANT_SCALE),
+        (Quantizer.INPUT, Quantity.SMOOTHING),
+        (Quantizer.WEIGHT, Quantity.AMAX),
+    )
+    faults = Faults(
+        f"--quantization {asked} needs what smooths every linear; give --calibration FILE, "
+        f"as `dist-export calibrate --scheme {asked}` writes it"
+    )
+    for name in modules:
+        missing = [f"{a.value}.{b.value}" for a, b in needed if tensors.find(name, a, b) is None]
+        if missing:
+            faults.add(f"{name}: {', '.join(missing)}")
+    faults.raise_if_any()
 
 
 def _require_amax(tensors: QuantizerTensors, modules: list[ModuleName], asked: str) -> None:
@@ -213,7 +250,11 @@ def _refuse_unexplained(tensors: QuantizerTensors) -> None:
 
 
 def _refuse_smoothed(tensors: QuantizerTensors) -> None:
-    bad = [name for name in tensors.catalog.patterns() if name.endswith(("_pre_quant_scale", "._scale"))]
+    """Weights that are stored smoothed; not those that a calibration file says how to smooth."""
+    patterns = set(tensors.catalog.patterns())
+    factor, smoothing = Quantity.PRE_QUANT_SCALE.value, Quantity.SMOOTHING.value
+    bad = [name for name in sorted(patterns) if name.endswith((factor, f".{Quantity.SCALE.value}"))]
+    bad = [name for name in bad if name.removesuffix(factor) + smoothing not in patterns]
     if bad:
         raise ExportError(
             f"the weights are stored smoothed or quantised ({bad[0]} and {len(bad) - 1} more): they mean nothing "

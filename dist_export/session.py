@@ -39,6 +39,7 @@ from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
+from dist_export.quantization_report import REPORT, quantization_report
 from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError
 from dist_export.runtime.group import Group
@@ -359,6 +360,8 @@ class ExportSession:
         self.report.peak_memory = now.peak_memory
         self.report.profile = dict(self.profile.sums())
         self.report.set_runs(executor.ledger.runs())
+        if executor.encoder is not None:
+            self.report.quality = executor.encoder.qualities.plain()
 
     def _finish(self, collected: CollectedReports) -> None:
         """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
@@ -375,6 +378,7 @@ class ExportSession:
             manifest["request"] = self._request_of(plan)
             manifest["fingerprint"] = self._fingerprint()
             manifest["run"] = {"processes": run_statistics(collected.reports)}
+            self._write_quantization_report(folder / plan.folder, plan, manifest, collected)
             for name, source in plan.copies.items():
                 publication.write_file(folder / plan.folder / name, without_code(name, source.read_bytes()))
             for name, document in {publication.MANIFEST: manifest, **plan.documents()}.items():
@@ -384,6 +388,16 @@ class ExportSession:
             publication.write_file(folder / plan.folder / export_report.NAME, page.encode())
             publication.sync_folder(folder / plan.folder)
         self.staging.publish()
+
+    def _write_quantization_report(
+        self, folder: Path, plan: ExportPlan, manifest: dict[str, object], collected: CollectedReports
+    ) -> None:
+        """Beside the tensors, named in the manifest."""
+        table = self._table or ScaleTable({}, {}, {})
+        report = quantization_report(plan, self.job.numbered(plan), collected.qualities, table)
+        if report is not None:
+            publication.write_file(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+            manifest["quantization_report"] = REPORT
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -37,6 +37,7 @@ _SPLITS: tuple[tuple[re.Pattern[str], Split], ...] = tuple(
         (r"(word_embeddings|output_layer|linear_qkv|eh_proj)\.(weight|bias)", Split.ROWS),
         (r"(linear_q_proj|linear_q_up_proj|linear_kv_up_proj)\.weight", Split.ROWS),
         (r"core_attention\.softmax_offset", Split.ROWS),
+        (r"(self_attention|mlp)\.weight", Split.ROWS),  # one linear layer in the place of either
         (r"(linear_proj|linear_fc2)\.weight", Split.COLUMNS),
         (r"(linear_proj|linear_fc2)\.bias", Split.REPLICATED),
         (r"\w*norm[._](weight|bias)|\w+\.layer_norm_(weight|bias)", Split.REPLICATED),

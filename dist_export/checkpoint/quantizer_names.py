@@ -24,6 +24,9 @@ class Quantity(Enum):
 
     AMAX = "_amax"
     PRE_QUANT_SCALE = "_pre_quant_scale"
+    SMOOTHING = "_smoothing_scale"
+    """Of calibration files alone: what the columns of the checkpoint's weights are still to be divided by. It is
+    `PRE_QUANT_SCALE` in float32, before it was rounded. Without it weights are stored smoothed."""
     SCALE = "_scale"
     """Of compressed weights."""
     DOUBLE_SCALE = "_double_scale"

@@ -8,7 +8,8 @@ Formulas: modelopt/torch/quantization/qtensor and modelopt/torch/export/quant_ut
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,25 @@ import numpy.typing as npt
 import torch
 
 from dist_export.convert.numpy_arithmetic import from_float32, to_float32
+from dist_export.convert.quality import Key, Qualities, Quality, sampled_rows
 from dist_export.convert.scale_table import FP8_MAX, ScaleTable
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError
 from dist_export.models.value_ops import ValueOp
-from dist_export.plan.recipes import Codes, Constant, Encoded, Folded, Scalars, Stored, StoredScales, TableScales
+from dist_export.plan.recipes import (
+    Codes,
+    Constant,
+    Encoded,
+    Factors,
+    Folded,
+    Scalars,
+    Smoothing,
+    Stored,
+    StoredScales,
+    TableScales,
+)
 from dist_export.plan.shard import PlannedTensor
-from dist_export.tensors.dtypes import DType, dtype_by_name
+from dist_export.tensors.dtypes import INT64, DType, dtype_by_name
 
 Bytes = npt.NDArray[np.uint8]
 Place = tuple[int, int, int, int]
@@ -36,36 +49,72 @@ class Encoder:
     table: ScaleTable
     reader: ViewReader
     device: str = "cpu"
+    qualities: Qualities = field(default_factory=Qualities)
+    """What the codes are worth, filled by `encode`."""
 
-    def encode(self, planned: PlannedTensor, block: npt.NDArray[Any], place: Place) -> Bytes:
-        """The codes of a block of weights: `block` is ``[rows, columns]`` of raw source elements at `place`.
-
-        Raises `ExportError` for weights that are NaN or infinite.
+    def encode(self, planned: PlannedTensor, block: npt.NDArray[Any], place: Place, *, key: Key) -> Bytes:
+        """The codes of a block of weights: `block` is ``[rows, columns]`` of raw source elements at `place`, and `key`
+        the tensor in the run. Raises `ExportError` for weights that are NaN or infinite.
         """
         recipe = planned.recipe
         assert isinstance(recipe, Encoded), f"{planned.name} has no codes"
         weights = _as_float32(block, planned.source_dtype, self.device)
-        if not bool(torch.isfinite(weights).all()):
+        if weights.numel() and not all(math.isfinite(each) for each in torch.stack(torch.aminmax(weights)).tolist()):
             kind = recipe.codes.value[0]
             raise ExportError(f"{planned.name}: holds NaN or infinite weights, which have no {kind} codes")
+        if recipe.smoothing is not None:
+            weights = self._smoothed(weights, recipe.smoothing, planned, place)
         scales = self._scales(recipe, planned, place)
+        if recipe.codes is Codes.WEIGHTS:
+            return _bytes_of((weights * scales).to(getattr(torch, planned.dtype.name)))
+        if recipe.codes in _DECODED:
+            self._measure(planned, weights, scales, place, key)
         return _bytes_of(_ENCODERS[recipe.codes](weights, scales))
+
+    def _measure(
+        self, planned: PlannedTensor, weights: torch.Tensor, scales: torch.Tensor, place: Place, key: Key
+    ) -> None:
+        """Note the quality of the codes of some rows."""
+        assert isinstance(planned.recipe, Encoded), f"{planned.name} has no codes"
+        rows = sampled_rows(place[0], place[1], math.prod(planned.view.shape[:-1]))
+        if not rows:
+            return
+        if len(rows) < len(weights):
+            chosen = torch.tensor(rows, device=weights.device)
+            weights = weights.index_select(0, chosen)
+            scales = scales if len(scales) == 1 else scales.index_select(0, chosen)
+        smallest, largest = torch.stack(torch.aminmax(scales)).tolist()
+        if planned.recipe.codes is Codes.E2M1:
+            scales = (_block_scales(weights, scales).float() * scales).repeat_interleave(BLOCK, -1)
+        decode, limit = _DECODED[planned.recipe.codes]
+        quotients = weights / scales
+        noise = torch.linalg.vector_norm(decode(quotients) * scales - weights, dtype=torch.float64)
+        signal = torch.linalg.vector_norm(weights, dtype=torch.float64)
+        num_saturated = int((quotients.abs() > limit).sum())
+        part = Quality(weights.numel(), num_saturated, float(signal) ** 2, float(noise) ** 2, smallest, largest)
+        self.qualities.add(key, part)
 
     def small(self, planned: PlannedTensor, rows: tuple[int, int]) -> Bytes:
         """Bytes of some rows (of the tensor as a matrix) of what is no code: scales, factors, norms that take them."""
         recipe = planned.recipe
         if isinstance(recipe, Constant):
+            if planned.dtype == INT64:
+                return np.array(recipe.values, np.int64).view(np.uint8)
             values = np.array(recipe.values, np.float32)
         elif isinstance(recipe, Scalars):
             one = self.table.input_scale if recipe.of_inputs else self.table.weight_scale
             found = [max(one(group, recipe.divisor), np.float32(recipe.at_least)) for group in recipe.groups]
             values = np.array(found, np.float32)
+            if recipe.reciprocal:
+                values = np.float32(1) / values
         elif isinstance(recipe, Stored) and recipe.divisor is None and recipe.dtype == planned.dtype:
             return np.ascontiguousarray(self.reader.rows(recipe.view, recipe.dtype, rows)).reshape(-1).view(np.uint8)
         elif isinstance(recipe, Stored):
             values = self.reader.values(recipe.view, recipe.dtype, rows)
             if recipe.divisor is not None:
                 values = _divided(values, recipe.divisor, planned.name)
+            if recipe.times is not None:
+                values = values * self._factors(recipe.times)[rows[0] : rows[1], None]
         else:
             assert isinstance(recipe, Folded), f"{planned.name} has codes"
             values = self._folded(planned, recipe)
@@ -84,8 +133,33 @@ class Encoder:
                 each = [self.table.weight_scale(group, divisor) for group in groups[first:end]]
                 values = np.array([[each[row // num_rows - first]] for row in range(top, bottom)], np.float32)
             return torch.from_numpy(values).to(self.device)
+        if isinstance(recipe.scales, Factors):
+            factors = self._factors(recipe.scales)[place[2] : place[3]]
+            return torch.from_numpy(factors[None, :].copy()).to(self.device)
         values = self._stored(recipe.scales, planned, place)
         return torch.from_numpy(values).to(self.device)
+
+    def _smoothed(
+        self, weights: torch.Tensor, smoothing: Smoothing, planned: PlannedTensor, place: Place
+    ) -> torch.Tensor:
+        """Weights times the float32 reciprocal of their columns' scale, rounded to their own element type."""
+        top, bottom, left, right = place
+        view, num_rows = smoothing.view, planned.view.shape[-2]
+        first, end = (top // num_rows, -(-bottom // num_rows)) if len(view.shape) > 1 else (0, 1)
+        narrow = view.narrow(len(view.shape) - 1, left, right - left)
+        scales = self.reader.values(narrow, smoothing.dtype, (first, end))
+        if not (np.isfinite(scales).all() and (scales > 0).all()):
+            raise ExportError(f"{planned.name}: a smoothing scale is no number above zero; calibrate the model again")
+        inverse = np.float32(1) / scales
+        if len(inverse) > 1:
+            inverse = inverse[[row // num_rows - first for row in range(top, bottom)]]
+        dtype = getattr(torch, planned.source_dtype.name)
+        return (weights * torch.from_numpy(inverse).to(self.device)).to(dtype).float()
+
+    def _factors(self, factors: Factors) -> npt.NDArray[np.float32]:
+        """``[channels]``."""
+        values: npt.NDArray[np.float32] = self.reader.values(factors.view, factors.dtype).reshape(-1)
+        return values
 
     def _stored(self, scales: StoredScales, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
         top, bottom, left, right = place
@@ -142,12 +216,21 @@ def _int4(weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (codes[0::2] & 15) | (codes[1::2] << 4)
 
 
+def _int4_words(weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Column 8j + i of a row in bits 4i to 4i + 3 of word j, as code + 8."""
+    codes = ((weights / scales).round().clamp(-8, 7) + 8).to(torch.uint8)
+    eight = codes.view(torch.int64)  # one byte each; halves move together until all are in the lowest 32 bits
+    eight = (eight | (eight >> 4)) & 0x00FF00FF00FF00FF
+    eight = (eight | (eight >> 8)) & 0x0000FFFF0000FFFF
+    return (eight | (eight >> 16)).to(torch.int32)
+
+
 BLOCK = 16
 
 
 def _block_scales(weights: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     """E4M3 scales of blocks of 16 columns: amax / (6 x scale_2), within [2^-9, 448]; 1 for a block of zeros."""
-    amax = weights.reshape(weights.shape[0], -1, BLOCK).abs().amax(-1)
+    amax = torch.nn.functional.max_pool1d(weights.abs(), BLOCK)  # several times as fast as a reduction of a short dim
     scales = amax / (6.0 * scale_2)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     return scales.clamp(2.0**-9, FP8_MAX).to(torch.float8_e4m3fn)
@@ -157,13 +240,25 @@ def _e2m1(weights: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     """Nearest of 0 .5 1 1.5 2 3 4 6, ties to the even code; sign in bit 3, never on zero magnitude from above."""
     scales = _block_scales(weights, scale_2).float() * scale_2
     values = (weights.reshape(weights.shape[0], -1, BLOCK) / scales.unsqueeze(-1)).reshape(weights.shape)
+    pairs = _e2m1_codes(values).view(torch.int16)
+    return ((pairs >> 4) | pairs).to(torch.uint8)
+
+
+def _e2m1_codes(values: torch.Tensor) -> torch.Tensor:
+    """One per byte: how many of the bounds between neighbours a magnitude has passed."""
     magnitude = values.abs()
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=weights.device)
-    codes = torch.searchsorted(bounds, magnitude, out_int32=True).to(torch.uint8)
-    for bound in (0.75, 1.75, 3.5):
-        codes += (magnitude == bound).to(torch.uint8)
-    codes += (values < 0).to(torch.uint8) << 3
-    return (codes[..., 1::2] << 4) | codes[..., 0::2]
+    codes = (values < 0).view(torch.uint8) << 3
+    for bound in (0.25, 1.25, 2.5, 5.0):
+        codes += (magnitude > bound).view(torch.uint8)
+    for bound in (0.75, 1.75, 3.5):  # a tie goes up to the even code
+        codes += (magnitude >= bound).view(torch.uint8)
+    return codes
+
+
+def _e2m1_decoded(values: torch.Tensor) -> torch.Tensor:
+    steps = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = torch.tensor([*steps, *(-step for step in steps)], device=values.device)
+    return table[_e2m1_codes(values).long()]
 
 
 _ENCODERS = {
@@ -172,7 +267,18 @@ _ENCODERS = {
     Codes.INT4: _int4,
     Codes.E2M1: _e2m1,
     Codes.E2M1_SCALES: _block_scales,
+    Codes.INT4_WORDS: _int4_words,
 }
+
+
+_DECODED: dict[Codes, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
+    Codes.E4M3: (lambda values: _fp8(values).float(), 464.0),
+    Codes.INT8: (lambda values: values.round().clamp(-128, 127), 127.5),
+    Codes.INT4: (lambda values: values.round().clamp(-8, 7), 7.5),
+    Codes.INT4_WORDS: (lambda values: values.round().clamp(-8, 7), 7.5),
+    Codes.E2M1: (_e2m1_decoded, 7.0),
+}
+"""Quotients as their codes stand for them, and the magnitude from which on a larger code would be nearer."""
 
 
 def _as_float32(block: npt.NDArray[Any], dtype: DType, device: str) -> torch.Tensor:

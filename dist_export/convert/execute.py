@@ -22,6 +22,7 @@ from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.outputs import WritableFile
 from dist_export.convert.permute import permuted_slices
 from dist_export.convert.profile import NO_PROFILE
+from dist_export.convert.quality import Key, Qualities
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.tiles import Tile, TileRead, cut
 from dist_export.convert.view_reader import ViewReader
@@ -47,8 +48,14 @@ class Converter(Protocol):
 class TensorEncoder(Protocol):
     """What makes codes and scales (`dist_export.convert.encode`)."""
 
-    def encode(self, planned: PlannedTensor, block: Block, place: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
-        """The codes of a block of weights at a place of the weight."""
+    @property
+    def qualities(self) -> Qualities:
+        """What the codes are worth."""
+
+    def encode(
+        self, planned: PlannedTensor, block: Block, place: tuple[int, int, int, int], *, key: Key
+    ) -> npt.NDArray[np.uint8]:
+        """The codes of a block of weights at a place of the weight `key`."""
 
     def small(self, planned: PlannedTensor, rows: tuple[int, int]) -> npt.NDArray[np.uint8]:
         """Bytes of some rows of a tensor that is made apart from the weights."""
@@ -249,7 +256,7 @@ class Executor:
         """The codes of a block that lies in `rows` of the weight."""
         assert self.encoder is not None, f"{use.output.planned.name} needs an encoder"
         place = (*rows, use.column, use.column + block.shape[1])
-        return memoryview(self.encoder.encode(use.output.planned, block, place).data).cast("B")
+        return memoryview(self.encoder.encode(use.output.planned, block, place, key=use.output.key).data).cast("B")
 
     def _target_bytes(self, planned: PlannedTensor, block: Block, buffer: _Buffer) -> memoryview:
         if not planned.moves_only:

@@ -26,7 +26,9 @@ def permuted_slices(planned: PlannedTensor, reader: ViewReader) -> Iterator[Raw]
     Raises `ExportError` for element types that need a cast which numpy has not.
     """
     if not planned.moves_only and not NumpyArithmetic.supports(planned):
-        raise ExportError(f"{planned.name}: cannot be cast from {planned.source_dtype} to {planned.dtype} in this order")
+        raise ExportError(
+            f"{planned.name}: cannot be cast from {planned.source_dtype} to {planned.dtype} in this order"
+        )
     num_slices, *inner = planned.view.shape
     num_rows = inner[0] if len(inner) > 1 else 1
     for number in range(num_slices):

@@ -83,9 +83,10 @@ def _scale(amax: np.float32, divisor: float) -> np.float32:
 
 
 Amax = Mapping[ModuleName, np.float32]
+Exact = Mapping[ModuleName, float]
 
 
-def _largest(modules: Iterable[ModuleName], amax: Amax, exact: Mapping[ModuleName, float], divisor: float) -> np.float32:
+def _largest(modules: Iterable[ModuleName], amax: Amax, exact: Exact, divisor: float) -> np.float32:
     known = list(modules)
     scales = [_float32(exact[each]) for each in known if each in exact]
     found = [amax[each] for each in known if each not in exact]
@@ -209,7 +210,10 @@ def table_of(entries: Sequence[Entry], values: Float32, quantization: Quantizati
     """The table, of values from all processes. `ExportError` naming every value that no scale can be made of."""
     faults, start = Faults("scales"), 0
     table = ScaleTable({}, {}, dict(quantization.input_scales))
-    weights, inputs, scales, rows = {}, {}, {}, {}
+    weights: dict[ModuleName, np.float32] = {}
+    inputs: dict[ModuleName, np.float32] = {}
+    scales: dict[ModuleName, float] = {}
+    rows: dict[str, Float32] = {}
     for entry in entries:
         found, start = values[start : start + entry.size], start + entry.size
         value, kind = _float32(found.max()), "input" if entry.of_input else "weight"

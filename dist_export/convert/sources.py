@@ -96,16 +96,22 @@ class SourceFiles:
         be read as often as there are processes. Raises `ExportError` when a record is not the tensor that the
         metadata promises.
         """
-        box = Box((*slab.prefix, *(0 for _ in shape)), (*(1 for _ in slab.prefix), *shape))
-        chunks = [(chunk, _common(chunk, box)) for chunk in self.index.chunks(slab.name, box)]
-        if needed is not None:
-            fixed = len(slab.prefix)
-            chunks = [(chunk, common) for chunk, common in chunks if _is_needed(common, fixed, needed)]
-        found = [self._rectangle(slab, chunk, common, dtype) for chunk, common in chunks]
+        found = [self.rectangle(slab, chunk, common, dtype) for chunk, common in self.chunks_of(slab, shape, needed)]
         return sorted(found, key=lambda r: (r.rows, r.columns))
 
-    def _rectangle(self, slab: Slab, chunk: Chunk, common: Box, dtype: DType) -> SourceRectangle:
-        """The part `common` of a chunk, which lies within the slab."""
+    def chunks_of(
+        self, slab: Slab, shape: Shape, needed: Sequence[Rectangle] | None = None
+    ) -> list[tuple[Chunk, Box]]:
+        """The slab's chunks and the part of each that lies in it: those that share an element with `needed`."""
+        box = Box((*slab.prefix, *(0 for _ in shape)), (*(1 for _ in slab.prefix), *shape))
+        chunks = [(chunk, _common(chunk, box)) for chunk in self.index.chunks(slab.name, box)]
+        if needed is None:
+            return chunks
+        fixed = len(slab.prefix)
+        return [(chunk, common) for chunk, common in chunks if _is_needed(common, fixed, needed)]
+
+    def rectangle(self, slab: Slab, chunk: Chunk, common: Box, dtype: DType) -> SourceRectangle:
+        """The part `common` of a chunk, which lies within the slab. May read the head of the chunk's record."""
         offset, strides = self._locate(slab, chunk, dtype)
         start = common.relative_to(chunk.box.start).start
         offset += sum(a * step for a, step in zip(start, strides, strict=True))

@@ -84,7 +84,7 @@ class ViewReader:
 
     def _rectangle(self, slab: Slab, shape: Shape, dtype: DType, wanted: Rectangle) -> Raw:
         top, bottom, left, right = wanted
-        result = np.empty((bottom - top, right - left), f"u{dtype.itemsize}")
+        result = np.zeros((bottom - top, right - left), f"u{dtype.itemsize}")
         for part in self.sources.rectangles(slab, shape, dtype, needed=[wanted]):
             low, high = max(top, part.rows[0]), min(bottom, part.rows[1])
             first, end = max(left, part.columns[0]), min(right, part.columns[1])

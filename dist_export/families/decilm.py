@@ -1,5 +1,5 @@
-"""DeciLM, Nemotron-NAS: the Llama base with layers that differ. Attention and MLP of a layer have sizes of their own, or
-one linear layer or nothing stands in their place."""
+"""DeciLM, Nemotron-NAS: the Llama base with layers that differ. Attention and MLP of a layer have sizes of their own,
+or one linear layer or nothing stands in their place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_export.families import llama
 from dist_export.models.blocks import Block, ffn_size_of
 from dist_export.models.config import ModelConfig
 from dist_export.models.features import BLOCKS
-from dist_export.models.megatron import DENSE_GPT, LAYER, norm_rules
+from dist_export.models.megatron import DENSE_GPT, LAYER, linear_bias, norm_rules
 from dist_export.models.rules import Family, Input, LayerCondition, Scope, SourceRule, TargetRule
 from dist_export.models.shard_ops import COLUMN
 from dist_export.plan.layout import TargetLayout
@@ -64,16 +64,20 @@ def _of(layers: LayerCondition, rules: Iterable[TargetRule]) -> tuple[TargetRule
 
 
 def engine_rules(embedding: tables.EmbeddingSharding) -> tuple[TargetRule, ...]:
-    """DeciLMForCausalLM (tensorrt_llm/models/nemotron_nas/model.py): the MLP is called ``ffn``, and so is a linear layer
-    in its place; such layers are column-parallel and their output is gathered."""
-    first, second, qkv = tables.LAYER + "input_layernorm", tables.LAYER + "post_layernorm", tables.LAYER + "attention.qkv"
+    """DeciLMForCausalLM (tensorrt_llm/models/nemotron_nas/model.py): the MLP is called ``ffn``, and so is a linear
+    layer in its place; such layers are column-parallel and their output is gathered."""
+    first, second, qkv = (
+        tables.LAYER + "input_layernorm",
+        tables.LAYER + "post_layernorm",
+        tables.LAYER + "attention.qkv",
+    )
     linear_attention = Input(tables.LOGICAL + "linear_attention.weight", COLUMN)
     linear_mlp = Input(tables.LOGICAL + "linear_mlp.weight", COLUMN)
-    output = tables.linear("attention.dense", "attention.output", tables.ROW_PARALLEL, bias=llama.linear_bias)
+    output = tables.linear("attention.dense", "attention.output", tables.ROW_PARALLEL, bias=linear_bias)
     mlp = (
-        *tables.linear("ffn.fc", "mlp.gate", tables.COLUMN_PARALLEL, bias=llama.linear_bias),
-        *tables.linear("ffn.gate", "mlp.up", tables.COLUMN_PARALLEL, bias=llama.linear_bias),
-        *tables.linear("ffn.proj", "mlp.down", tables.ROW_PARALLEL, bias=llama.linear_bias),
+        *tables.linear("ffn.fc", "mlp.gate", tables.COLUMN_PARALLEL, bias=linear_bias),
+        *tables.linear("ffn.gate", "mlp.up", tables.COLUMN_PARALLEL, bias=linear_bias),
+        *tables.linear("ffn.proj", "mlp.down", tables.ROW_PARALLEL, bias=linear_bias),
     )
     return (
         *tables.ends(embedding),
@@ -157,7 +161,9 @@ TABLE = (
     ),
     *_of(_mlp("full", "linear"), hf_tables.norm(HF_LAYER + "post_attention_layernorm", LOGICAL + "mlp.norm")),
     *(
-        replace(hf_tables.tensor(f"{HF_LAYER}mlp.{part}_proj.weight", f"{LOGICAL}mlp.{part}.weight"), layers=_mlp("full"))
+        replace(
+            hf_tables.tensor(f"{HF_LAYER}mlp.{part}_proj.weight", f"{LOGICAL}mlp.{part}.weight"), layers=_mlp("full")
+        )
         for part in ("gate", "up", "down")
     ),
     *_of(_mlp("linear"), [hf_tables.tensor(HF_LAYER + "mlp.linear_mlp.weight", LOGICAL + "linear_mlp.weight")]),
@@ -194,7 +200,9 @@ def hf_fields(model: ModelConfig) -> dict[str, object]:
                     "replace_with_linear": block.attention == "linear",
                 },
                 "ffn": {
-                    "ffn_mult": ffn_multiple(block.ffn_hidden_size, model.hidden_size) if block.ffn_hidden_size else None,
+                    "ffn_mult": ffn_multiple(block.ffn_hidden_size, model.hidden_size)
+                    if block.ffn_hidden_size
+                    else None,
                     "no_op": block.mlp == "no_op",
                     "replace_with_linear": block.mlp == "linear",
                 },
@@ -207,6 +215,14 @@ def hf_fields(model: ModelConfig) -> dict[str, object]:
 def _sizes_come_back(model: ModelConfig) -> bool:
     sizes = {block.ffn_hidden_size for block in blocks_of(model) if block.ffn_hidden_size}
     return all(ffn_size_of(ffn_multiple(size, model.hidden_size), model.hidden_size) == size for size in sizes)
+
+
+def hf_notes(model: ModelConfig) -> tuple[str, ...]:
+    """transformers has no such class."""
+    return (
+        "the folder has no code of the model (configuration_decilm.py and what it imports), which transformers and vLLM "
+        "load from a published model of this kind: copy it in, and with it auto_map of its config.json",
+    )
 
 
 HF_LIMITS: tuple[Limit, ...] = (
@@ -224,7 +240,10 @@ DECILM = Family(
     source_rules=SOURCES,
     architectures={
         "trtllm": (ENGINE,),
-        "hf": (HuggingFaceModel(name="DeciLMForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
+        "hf": (
+            HuggingFaceModel(name="DeciLMForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS, notes=hf_notes),
+        ),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "the names that this converter reads"},
     features=frozenset({BLOCKS}),
 )

@@ -46,6 +46,19 @@ HF_LIMITS: tuple[Limit, ...] = (
     ),
 )
 
+
+def hf_notes(model: ModelConfig) -> tuple[str, ...]:
+    """Where transformers computes something else than DeepSeek's own code, vLLM and SGLang do."""
+    scaling = model.rope_scaling
+    if scaling is None or not scaling.mscale_all_dim:
+        return deepseek_v3.hf_notes(model)
+    return (
+        *deepseek_v3.hf_notes(model),
+        "scores are scaled by yarn's mscale_all_dim; transformers' own DeepSeek-V2 leaves that out, DeepSeek's code and "
+        "vLLM compute it",
+    )
+
+
 DEEPSEEK_V2 = Family(
     name="deepseek-v2",
     description="multi-latent attention, softmax router, shared experts: DeepSeek-V2 and V2-Lite",
@@ -53,8 +66,12 @@ DEEPSEEK_V2 = Family(
     source_rules=tuple(rule for rule in deepseek_v3.SOURCES if not rule.source.startswith("mtp.")),
     architectures={
         "hf": (
-            HuggingFaceModel(name="DeepseekV2ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),
+            HuggingFaceModel(
+                name="DeepseekV2ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS, notes=hf_notes
+            ),
         ),
     },
+    unserved=deepseek_v3.NO_ENGINE,
+    witnesses={"hf": "transformers"},
     features=frozenset({LATENT_ATTENTION, YARN}),
 )

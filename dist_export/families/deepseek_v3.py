@@ -1,9 +1,5 @@
-"""DeepSeek-V3 and its kin (R1, Moonlight, Kimi-K2): multi-latent attention, a sigmoid router that picks groups of experts
-first, shared experts, dense layers before the others, layers that predict further tokens.
-
-TensorRT-LLM's engine classes for it (DeepseekV2ForCausalLM, 0.15 on) score by softmax alone; later releases serve this
-model from a Hugging Face folder.
-"""
+"""DeepSeek-V3 and its kin (R1, Moonlight, Kimi-K2): multi-latent attention, a sigmoid router that picks groups of
+experts first, shared experts, dense layers before the others, layers that predict further tokens."""
 
 from __future__ import annotations
 
@@ -81,7 +77,12 @@ def _mtp_sources() -> tuple[SourceRule, ...]:
     )
 
 
-SOURCES = (*EMBEDDINGS, *(rule for rule in NORMS if not rule.source.startswith(LAYER)), *_DECODER_LAYER, *_mtp_sources())
+SOURCES = (
+    *EMBEDDINGS,
+    *(rule for rule in NORMS if not rule.source.startswith(LAYER)),
+    *_DECODER_LAYER,
+    *_mtp_sources(),
+)
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
@@ -281,6 +282,16 @@ HF_LIMITS: tuple[Limit, ...] = (
 )
 
 
+def hf_notes(model: ModelConfig) -> tuple[str, ...]:
+    """Where transformers computes something else than DeepSeek's own code, vLLM and SGLang do."""
+    if model.norm_epsilon == 1e-6:
+        return ()
+    return (
+        f"the model normalises its attention latents with epsilon {model.norm_epsilon:g}; transformers computes them "
+        "with 1e-6 whatever rms_norm_eps says, vLLM and SGLang by rms_norm_eps",
+    )
+
+
 def unmet_base(config: ModelConfig) -> list[str]:
     """Why a model is not on the DeepSeek base, V2 or V3."""
     wanted = (
@@ -299,13 +310,25 @@ def unmet(config: ModelConfig) -> list[str]:
     return unmet_base(config) + ([] if score == "sigmoid" else [f"the router scores by {score}"])
 
 
+NO_ENGINE = {
+    "trtllm": "the class stores products of the projections (attention.fused_q_proj), rounded as its own converter "
+    "happens to compute them, and not the weights alone"
+}
+"""tensorrt_llm/models/deepseek_v2/convert.py: an einsum of query and key projections in the export's element type."""
+
 DEEPSEEK_V3 = Family(
     name="deepseek-v3",
     description="multi-latent attention, sigmoid router with expert bias, shared experts, MTP: DeepSeek-V3, Moonlight",
     unmet=unmet,
     source_rules=SOURCES,
     architectures={
-        "hf": (HuggingFaceModel(name="DeepseekV3ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
+        "hf": (
+            HuggingFaceModel(
+                name="DeepseekV3ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS, notes=hf_notes
+            ),
+        ),
     },
+    unserved=NO_ENGINE,
+    witnesses={"hf": "transformers"},
     features=frozenset({LATENT_ATTENTION, MTP, YARN}),
 )

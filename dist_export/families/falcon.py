@@ -1,8 +1,8 @@
 """Falcon: attention and MLP side by side, LayerNorm, rope, plain gelu; one norm (7B) or one for each (40B, 180B).
 
-NeMo trains it (nemo/collections/nlp/models/language_modeling/megatron/falcon/falcon_decoder_layer.py; both sides' names are
-in scripts/nlp_language_modeling/convert_hf_falcon_to_nemo.py). transformers keeps query, key and value in one tensor, in
-Megatron's own order.
+NeMo trains it (nemo/collections/nlp/models/language_modeling/megatron/falcon/falcon_decoder_layer.py; both sides'
+names are in scripts/nlp_language_modeling/convert_hf_falcon_to_nemo.py). transformers keeps query, key and value in one
+tensor, in Megatron's own order.
 """
 
 from __future__ import annotations
@@ -107,12 +107,12 @@ ENGINE = EngineModel(
         (lambda m: m.rope_scaling is None, "rotary scaling is not passed to its attention"),
         (lambda m: not m.rotary_interleaved, "interleaved rotary embeddings are not passed to its attention"),
     ),
-    keys=Keys(
-        (*COMMON_KEYS, "bias", "parallel_attention", "new_decoder_architecture"), ("share_embedding_table",)
-    ),
+    keys=Keys((*COMMON_KEYS, "bias", "parallel_attention", "new_decoder_architecture"), ("share_embedding_table",)),
     release_limits=(
         ReleaseLimit(
-            Span("0.12", "0.14"), lambda m, layout: m.rotary_base == 10000, "a rotary base is not passed to its attention"
+            Span("0.12", "0.14"),
+            lambda m, layout: m.rotary_base == 10000,
+            "a rotary base is not passed to its attention",
         ),
     ),
 )
@@ -187,4 +187,5 @@ FALCON = Family(
         "hf": (HuggingFaceModel(name="FalconForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
     features=frozenset({PARALLEL_ATTENTION}),
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

@@ -1,7 +1,7 @@
 """Gemma: zero-centred RMSNorm, word embeddings scaled by sqrt(hidden_size), a gated gelu MLP, tied embeddings.
 
-Trained by NeMo and Megatron-Bridge (megatron/bridge/models/gemma/gemma_bridge.py names both sides). Every consumer scales
-the embeddings itself and adds one to the norms' weights or stores it with them, as Megatron does.
+Trained by NeMo and Megatron-Bridge (megatron/bridge/models/gemma/gemma_bridge.py names both sides). Every consumer
+scales the embeddings itself; TensorRT-LLM stores one plus the norms' weights, the others add it, as Megatron does.
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ GEMMA = Family(
     source_rules=DENSE_GPT,
     architectures={
         "trtllm": (ENGINE,),
-        "hf": (
-            HuggingFaceModel(name="GemmaForCausalLM", rules=TABLE, fields=hf_fields, limits=(*hf.ROPE, *HF_ANY)),
-        ),
+        "hf": (HuggingFaceModel(name="GemmaForCausalLM", rules=TABLE, fields=hf_fields, limits=(*hf.ROPE, *HF_ANY)),),
     },
     features=frozenset({EMBEDDING_SCALING}),
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

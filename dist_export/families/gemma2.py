@@ -1,7 +1,7 @@
 """Gemma 2: Gemma with norms after attention and MLP, capped scores and logits, and windows in every second layer.
 
-NeMo and Megatron-Bridge train it (megatron/bridge/models/gemma/gemma2_bridge.py names both sides); the norms that follow
-a linear layer are parts of it there (``linear_proj.post_layernorm``).
+NeMo and Megatron-Bridge train it (megatron/bridge/models/gemma/gemma2_bridge.py names both sides); the norms that
+follow a linear layer are parts of it there (``linear_proj.post_layernorm``).
 """
 
 from __future__ import annotations
@@ -115,4 +115,5 @@ GEMMA2 = Family(
         ),
     },
     features=frozenset({EMBEDDING_SCALING, POST_NORMS, QUERY_SCALAR, CAPPED_SCORES, CAPPED_LOGITS, SOME_WINDOWS}),
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

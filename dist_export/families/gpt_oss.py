@@ -52,8 +52,8 @@ TABLE = (
     _experts("down_proj_bias", "down.bias"),
     *norm("model.norm", "final_norm", scope=Scope.LAST),
 )
-"""``gate_up_proj [experts, hidden, 2 x ffn]`` and ``down_proj [experts, ffn, hidden]`` are multiplied from the right, and
-a gate's column is followed by its up's (transformers/models/gpt_oss/modeling_gpt_oss.py, `GptOssExperts`)."""
+"""``gate_up_proj [experts, hidden, 2 x ffn]`` and ``down_proj [experts, ffn, hidden]`` are multiplied from the right,
+and a gate's column is followed by its up's (transformers/models/gpt_oss/modeling_gpt_oss.py, `GptOssExperts`)."""
 
 
 def hf_fields(model: ModelConfig) -> dict[str, object]:
@@ -130,5 +130,7 @@ GPT_OSS = Family(
     architectures={
         "hf": (HuggingFaceModel(name="GptOssForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"hf": "transformers"},
+    unserved={"trtllm": "no engine class computes attention sinks or the clamped activation"},
     features=frozenset({SINKS, BOUNDED_GLU, YARN, SOME_WINDOWS}),
 )

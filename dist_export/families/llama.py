@@ -125,4 +125,5 @@ LLAMA = Family(
             HuggingFaceModel(name="LlamaForCausalLM", rules=TABLE, fields=hf_fields, limits=(*HF_LIMITS, hf.DENSE)),
         ),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

@@ -50,5 +50,6 @@ MISTRAL = Family(
         "trtllm": (llama.ENGINE,),
         "hf": (HuggingFaceModel(name="MistralForCausalLM", rules=llama.TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )
 """TensorRT-LLM serves it with the Llama class; the window is the runtime's business there."""

@@ -140,4 +140,5 @@ MIXTRAL = Family(
         "trtllm": (ENGINE,),
         "hf": (HuggingFaceModel(name="MixtralForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

@@ -141,6 +141,7 @@ HF_BASE_LIMITS: tuple[Limit, ...] = (
     (lambda m: m.position_embedding == "rope", "it has rotary positions only"),
     (lambda m: m.rotary_percent == 1.0, "partial rotary embeddings are not expressible"),
     (lambda m: not m.rotary_interleaved, "interleaved rotary embeddings are not expressible"),
+    (lambda m: m.rope_scaling is None or m.rope_scaling.kind != "yarn", "yarn rotary scaling is not expressible"),
     (lambda m: m.window_size is None, "its consumers disagree about which layers max_window_layers gives a window to"),
 )
 
@@ -160,4 +161,5 @@ QWEN2 = Family(
         "trtllm": (ENGINE,),
         "hf": (HuggingFaceModel(name="Qwen2ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

@@ -136,4 +136,5 @@ QWEN2_MOE = Family(
         "trtllm": ENGINES,
         "hf": (HuggingFaceModel(name="Qwen2MoeForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

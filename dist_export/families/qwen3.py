@@ -100,4 +100,5 @@ QWEN3 = Family(
             HuggingFaceModel(name="Qwen3ForCausalLM", rules=TABLE, fields=hf_fields, limits=(*HF_LIMITS, hf.DENSE)),
         ),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter, under Qwen2's names", "hf": "transformers"},
 )

@@ -97,4 +97,5 @@ QWEN3_MOE = Family(
         "trtllm": (ENGINE,),
         "hf": (HuggingFaceModel(name="Qwen3MoeForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter, under Qwen2's names", "hf": "transformers"},
 )

@@ -97,4 +97,5 @@ STARCODER = Family(
         "trtllm": (replace(gpt.ENGINE, fields=engine_fields),),
         "hf": (HuggingFaceModel(name="GPTBigCodeForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

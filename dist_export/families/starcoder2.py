@@ -77,4 +77,5 @@ STARCODER2 = Family(
         "trtllm": (replace(gpt.ENGINE, fields=engine_fields),),
         "hf": (HuggingFaceModel(name="Starcoder2ForCausalLM", rules=TABLE, fields=hf_fields, limits=HF_LIMITS),),
     },
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
 )

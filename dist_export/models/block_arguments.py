@@ -5,15 +5,25 @@ from __future__ import annotations
 from dist_export.models.megatron_arguments import Arguments, ReaderFor
 from dist_export.models.provenance import Claim, from_arguments, from_default
 
+_NOT_THERE = "Megatron-LM has no such argument; NeMo and Megatron-Bridge do"
+
 
 def block_claims(reader_for: ReaderFor, window: Claim, num_layers: int) -> dict[str, Claim]:
-    """Claims for `window_layers`, both softcappings, `parallel_attention` and `separate_mlp_norm`."""
-    caps = {
-        name: _softcapping_claim(reader_for(name), name)
-        for name in ("attn_logit_softcapping", "final_logit_softcapping")
+    """Claims for `window_layers`, and for what Gemma and Falcon have in NeMo and Megatron-Bridge."""
+    claims = {
+        "window_layers": _window_layers_claim(reader_for("window_layers"), window, num_layers),
+        **_parallel_claims(reader_for("parallel_attention")),
     }
-    windows = {"window_layers": _window_layers_claim(reader_for("window_layers"), window, num_layers)}
-    return {**windows, **caps, **_parallel_claims(reader_for("parallel_attention"))}
+    for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        claims[name] = _claim(name, reader_for(name).number(name) or None, reader_for(name))
+    scaling, name = reader_for("embedding_scaling"), "apply_embedding_scaling"
+    claims["embedding_scaling"] = _claim(name, scaling.switch(name), scaling)
+    return claims
+
+
+def _claim(name: str, value: object, arguments: Arguments) -> Claim:
+    present = arguments.has(name)
+    return Claim(value, from_arguments(name) if present else _NOT_THERE, default=not present)
 
 
 def window_notes(arguments: Arguments, layers: object) -> list[str]:
@@ -32,8 +42,8 @@ def parallel_notes(parallel: object, linear_bias: object) -> list[str]:
     if not (parallel and linear_bias):
         return []
     return [
-        "parallel_attention: the biases of linear_proj and linear_fc2 are exported and every consumer adds them; NeMo's "
-        "own parallel layers leave them out, so a model trained there is only equal where they are zero"
+        "parallel_attention: the biases of linear_proj and linear_fc2 are exported and every consumer adds them; "
+        "NeMo's own parallel layers leave them out, so a model trained there is only equal where they are zero"
     ]
 
 
@@ -58,19 +68,12 @@ def _window_layers_claim(arguments: Arguments, window: Claim, num_layers: int) -
     return Claim(None if all(given) else tuple(given), from_arguments(name))
 
 
-def _softcapping_claim(arguments: Arguments, name: str) -> Claim:
-    """0 is no capping."""
-    if not arguments.has(name):
-        return Claim(None, from_default(name), default=True)
-    return Claim(arguments.number(name) or None, from_arguments(name))
-
-
 def _parallel_claims(arguments: Arguments) -> dict[str, Claim]:
     """NeMo's Falcon (nlp/models/language_modeling/megatron/falcon/falcon_decoder_layer.py): its new decoder is
     parallel whatever the other switch says, and has a norm for each of attention and MLP."""
     names = [name for name in ("parallel_attention", "new_decoder_architecture") if arguments.has(name)]
     parallel, separate = (arguments.switch(name) for name in ("parallel_attention", "new_decoder_architecture"))
-    source = from_arguments(*names) if names else from_default("parallel_attention")
+    source = from_arguments(*names) if names else _NOT_THERE
     return {
         "parallel_attention": Claim(parallel or separate, source, default=not names),
         "separate_mlp_norm": Claim(separate or not parallel, source, default=not names),

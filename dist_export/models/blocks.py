@@ -120,7 +120,7 @@ def _ffn_size(mlp: Mapping[str, object], hidden: int) -> int:
 
 
 def ffn_size_of(multiple: float, hidden: int) -> int:
-    """Two thirds of a multiple of the hidden size, rounded up to a multiple of 256 (`ffn_mult_to_intermediate_size`)."""
+    """Two thirds of a multiple of the hidden size, up to a multiple of 256 (`ffn_mult_to_intermediate_size`)."""
     return -(-int(2 * multiple * hidden / 3) // 256) * 256
 
 

@@ -69,8 +69,8 @@ class RopeScaling:
             )
         if self.kind == "yarn" and not (self.factor >= 1 and 0 < self.beta_slow < self.beta_fast):
             raise ExportError(
-                f"rope_scaling: yarn wants factor {self.factor} to be at least 1 and beta_slow {self.beta_slow} positive "
-                f"and below beta_fast {self.beta_fast}"
+                f"rope_scaling: yarn wants factor {self.factor} to be at least 1 and beta_slow {self.beta_slow} "
+                f"positive and below beta_fast {self.beta_fast}"
             )
 
 
@@ -132,13 +132,13 @@ class ModelConfig:
     attention_sinks: bool = False  # a learned number per head takes part in every softmax
     glu_offset: float = 0.0  # added to the up half before it is multiplied with the activated gate
     activation_clamp: float | None = None  # the gate is at most this, the up half within it either way; None: any
-    kv_lora_rank: int = 0  # of the latent that keys and values are made of; 0: ordinary attention, and all of these are 0
+    kv_lora_rank: int = 0  # of the latent that keys and values are made of; 0: ordinary attention, and no more of these
     q_lora_rank: int = 0  # of the latent that queries are made of; 0: made of the hidden state
     qk_nope_head_size: int = 0  # elements of a query or key head that are not rotated; head_size is both parts
     qk_rope_head_size: int = 0
     value_head_size: int = 0
     num_mtp_layers: int = 0  # after the last one; each predicts one token further
-    blocks: Blocks | None = None  # layers that differ; then num_query_groups and ffn_hidden_size are the first such ones
+    blocks: Blocks | None = None  # layers that differ; num_query_groups and ffn_hidden_size are of the first such
 
     def __post_init__(self) -> None:
         faults = Faults("model configuration")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig
 
 
@@ -42,6 +43,17 @@ FEATURES = (
     *(EMBEDDING_SCALING, POST_NORMS, QUERY_SCALAR, CAPPED_SCORES, CAPPED_LOGITS),
     *(SOME_WINDOWS, PARALLEL_ATTENTION),
 )
+
+
+NOT_QUANTISED = frozenset({LATENT_ATTENTION, MTP, BLOCKS, SINKS})
+"""Features of models whose quantised exports nothing has borne witness to."""
+
+
+def refuse_quantised(config: ModelConfig) -> None:
+    """Raise `ExportError` for a model that cannot be exported quantised."""
+    found = [f"it {each.description}" for each in FEATURES if each in NOT_QUANTISED and each.found(config)]
+    if found:
+        raise ExportError(f"a model of this kind cannot be exported quantised: {', '.join(found)}; export it in bfloat16")
 
 
 def unsupported(config: ModelConfig, supported: frozenset[Feature]) -> list[str]:

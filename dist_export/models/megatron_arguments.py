@@ -148,8 +148,6 @@ RULES: tuple[ArgumentRule, ...] = (
     ArgumentRule("moe_router_group_top_k", int, ("moe_router_group_topk",)),
     ArgumentRule("moe_router_scaling_factor", float, ("moe_router_topk_scaling_factor",)),
     ArgumentRule("attention_output_gate", bool, ("attention_output_gate",), default=False),
-    ArgumentRule("embedding_scaling", bool, ("apply_embedding_scaling",), default=False),  # Gemma in NeMo and Bridge
-    ArgumentRule("query_pre_attn_scalar", float, ("query_pre_attn_scalar",)),
     ArgumentRule("num_mtp_layers", int, ("mtp_num_layers",), default=0),
     ArgumentRule("glu_offset", float, ("glu_linear_offset",), default=0.0),
     ArgumentRule("activation_clamp", float, ("activation_func_clamp_value",)),
@@ -165,7 +163,6 @@ _NONE_IS_A_VALUE = frozenset(
         "moe_router_scaling_factor",
         "num_mtp_layers",
         "activation_clamp",
-        "query_pre_attn_scalar",
     }
 )
 

@@ -174,8 +174,8 @@ def _parse_rope_scaling(field: str, text: str) -> RopeScaling:
     kind, *numbers = text.split(":")
     counts = {"linear": (1,), "llama3": (1, 4), "yarn": (2, 4)}
     if kind not in counts or len(numbers) not in counts[kind]:
-        forms = "linear:FACTOR, llama3:FACTOR[:LOW:HIGH:ORIGINAL_LENGTH] or yarn:FACTOR:ORIGINAL_LENGTH[:MSCALE:ALL_DIM]"
-        raise _wrong(field, text, f"{forms}, or none")
+        forms = ("linear:FACTOR", "llama3:FACTOR[:LOW:HIGH:ORIGINAL_LENGTH]")
+        raise _wrong(field, text, f"{', '.join(forms)}, yarn:FACTOR:ORIGINAL_LENGTH[:MSCALE:ALL_DIM] or none")
     length = "original_max_position_embeddings"
     names: tuple[str, ...] = ("factor", "low_freq_factor", "high_freq_factor", length)
     if kind == "yarn":

@@ -128,7 +128,7 @@ class Quantization:
         return Scheme.NONE if not kinds else kinds.pop() if len(kinds) == 1 else Scheme.MIXED
 
     def module_of(self, logical: str, *, layer: int, expert: int) -> ModuleName | None:
-        """The module that holds a logical weight; None where the checkpoint has no such weight, or it is no module's."""
+        """The module that holds a logical weight; None where the checkpoint has none, or it is no module's."""
         located = self.logical.locate(logical, layer=layer, expert=expert)
         return None if located is None else module_of(located, layer=layer, expert=expert)
 
@@ -174,6 +174,10 @@ class Quantization:
     def pre_quant_scale(self, module: ModuleName) -> SourceTensor | None:
         """``[in]``: what activations are multiplied by; None where the checkpoint has none."""
         return self.tensors.find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
+
+    def smoothing(self, module: ModuleName) -> SourceTensor | None:
+        """``[in]``: what the weight's columns are to be divided by; None where they are stored as they are served."""
+        return self.tensors.find(module, Quantizer.INPUT, Quantity.SMOOTHING)
 
     def experts_of(self, module: ModuleName) -> list[ModuleName]:
         """The quantised modules that are this one of the layer's other experts, and itself."""
@@ -246,3 +250,13 @@ def _checked(view: View, weight: SourceTensor | None, amax: SourceTensor) -> Vie
     if weight is not None and view.shape[0] != weight.shape[0]:
         raise ExportError(f"{amax.slab}: {view.shape[0]} rows for the {weight.shape[0]} of {weight.slab}")
     return view
+
+
+def unpacked_shapes(catalog: SourceCatalog) -> dict[str, Shape]:
+    """Folded name -> shape of one layer, as the model has it: linears stored as FP4 keep two columns in a byte."""
+    found = catalog.folded_shapes()
+    for name, shape in found.items():
+        module, _, last = name.rpartition(".")
+        if last in WEIGHT_NAMES and is_linear(module) and catalog.dtype(name) == "uint8":
+            found[name] = (*shape[:-1], 2 * shape[-1])
+    return found

@@ -131,6 +131,8 @@ class Family:
     architectures: Mapping[str, tuple[Architecture, ...]]
     """Target name -> what serves the family there: the target's own description of a model class. Several where a
     class changed between releases; a target that is missing cannot serve the family."""
+    unserved: Mapping[str, str] = field(default_factory=dict)
+    """Target name -> why it cannot serve the family, where that is known."""
     features: frozenset[Feature] = frozenset()
     """The uncommon things that its rules express."""
     witnesses: Mapping[str, str] = field(default_factory=dict)

@@ -10,12 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from dist_export.checkpoint.quantizer_names import ModuleName
+from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import LinearScheme, Scheme
 from dist_export.errors import ExportError
 from dist_export.models.quantization import WEIGHT_ONLY, Quantization
 from dist_export.models.shard_ops import Slice
-from dist_export.plan.recipes import Codes, Encoded, Folded, Groups, Recipe, Scalars, Stored, StoredScales, TableScales
+from dist_export.plan.recipes import (
+    Codes,
+    Encoded,
+    Folded,
+    Groups,
+    Recipe,
+    Scalars,
+    Smoothing,
+    Stored,
+    StoredScales,
+    TableScales,
+)
 from dist_export.plan.shard import Part, PlannedTensor, Resolved
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import FLOAT8_E4M3, FLOAT32, INT8, UINT8, DType, dtype_by_name
@@ -182,7 +193,9 @@ class _Linear:
         view, amax_dtype = self._stored(self._block_amax)
         size, columns = self.linear.group_size or 128, self.planned.view.shape[-1]
         if view.shape[-1] * size != columns:
-            raise ExportError(f"{columns} columns do not divide into the {view.shape[-1]} blocks of {size} of its amax")
+            raise ExportError(
+                f"{columns} columns on a rank do not divide into the amax's blocks of {size}; choose a smaller tp"
+            )
         yield self._codes(Codes.INT4, self.quantizer.dialect.int4_dtype, StoredScales(view, amax_dtype, INT4_MAX))
         yield from self._small(Role.WEIGHT_SCALE, Stored(view, amax_dtype, INT4_MAX), FLOAT32)
 
@@ -201,7 +214,7 @@ class _Linear:
             view, dtype = self._stored(self.quantizer.quantization.block_scales)
             yield from self._small(Role.WEIGHT_SCALE, Stored(view, dtype, None), FLOAT8_E4M3)
         else:
-            recipe = Encoded(Codes.E2M1_SCALES, scales)
+            recipe = Encoded(Codes.E2M1_SCALES, scales, self._smoothing())
             yield replace(self.planned, name=name, dtype=FLOAT8_E4M3, recipe=recipe)
         yield from self._weight_scalar(Role.WEIGHT_SCALE_2, NVFP4_MAX)
         if self.linear.scheme is not Scheme.W4A16_NVFP4:
@@ -213,7 +226,7 @@ class _Linear:
             if self.planned.source_dtype != dtype:
                 raise ExportError(f"its weight is stored as {self.planned.source_dtype}, expected {dtype} codes")
             return replace(self.planned, dtype=dtype)
-        return replace(self.planned, dtype=dtype, recipe=Encoded(codes, scales))
+        return replace(self.planned, dtype=dtype, recipe=Encoded(codes, scales, self._smoothing()))
 
     def _weight_scalar(self, role: Role, divisor: float) -> Iterator[PlannedTensor]:
         dialect, scheme = self.quantizer.dialect, self.linear.scheme
@@ -234,28 +247,40 @@ class _Linear:
     def _factor(self) -> Iterator[PlannedTensor]:
         """The factor of the activations, cut along with the weight's columns."""
         name = self._name(Role.PRE_QUANT_SCALE)
-        views, found = [], None
-        for parts, modules in zip(self.resolved.slices, self.modules, strict=True):
-            tensors = [self.quantizer.quantization.pre_quant_scale(module) for module in modules]
-            if len(tensors) != 1:
-                raise ExportError("its parts have inputs of different factors")
-            if tensors[0] is None:
-                if self.linear.pre_quant_scale or self.linear.scheme in AWQ or found is not None:
-                    raise ExportError(f"{modules[0]}: the checkpoint has no _pre_quant_scale of its input quantizer")
-                continue
-            found = tensors[0]
-            view = View.of(found.slab, found.shape)
-            shard = parts[0].input.shard
-            if isinstance(shard, Slice) and shard.dim == 1:
-                view = Slice(0).take(view, self.resolved.tp, self.quantizer.quantization.logical.config)
-            views.append([view])
+        required = bool(self.linear.pre_quant_scale) or self.linear.scheme in AWQ
+        found = self._of_columns(Quantity.PRE_QUANT_SCALE, required=required)
         if found is None:
             return
         logical = self.resolved.slices[0][0].input.logical.removeprefix("layers.{layer}.")
         if name is None or self.quantizer.dialect.folds_factor(self.linear.scheme, _fused_name(logical)):
             return
-        dtype = dtype_by_name(found.dtype)
-        yield from self._small(Role.PRE_QUANT_SCALE, Stored(self.resolved.joined(views), dtype, None), self._factor_dtype())
+        yield from self._small(Role.PRE_QUANT_SCALE, Stored(*found, None), self._factor_dtype())
+
+    def _smoothing(self) -> Smoothing | None:
+        """What the weights are still to be divided by."""
+        found = self._of_columns(Quantity.SMOOTHING, required=False)
+        return None if found is None else Smoothing(*found)
+
+    def _of_columns(self, quantity: Quantity, *, required: bool) -> tuple[View, DType] | None:
+        """A tensor ``[in]`` of the input's quantiser, cut like the weight's columns; ``[slices, in]`` where experts are
+        stacked. None where no slice has one."""
+        quantization = self.quantizer.quantization
+        views, found = [], None
+        for parts, modules in zip(self.resolved.slices, self.modules, strict=True):
+            tensors = [quantization.tensors.find(module, Quantizer.INPUT, quantity) for module in modules]
+            if len(tensors) != 1:
+                raise ExportError("its parts have inputs of different factors")
+            if tensors[0] is None:
+                if required or found is not None:
+                    raise ExportError(f"{modules[0]}: the checkpoint has no {quantity.value} of its input quantizer")
+                continue
+            found = tensors[0]
+            view = View.of(found.slab, found.shape)
+            shard = parts[0].input.shard
+            if isinstance(shard, Slice) and shard.dim == 1:
+                view = Slice(0).take(view, self.resolved.tp, quantization.logical.config)
+            views.append([view])
+        return None if found is None else (self.resolved.joined(views), dtype_by_name(found.dtype))
 
     def _factor_dtype(self) -> DType:
         """The export's own: activations are multiplied in it."""

@@ -27,6 +27,8 @@ class Codes(Enum):
     INT4 = ("INT4, two rows per byte, even row low", 2, 1)
     E2M1 = ("FP4 E2M1, two columns per byte, even column low", 1, 2)
     E2M1_SCALES = ("E4M3 scales of FP4 blocks of 16 columns", 1, 16)
+    INT4_WORDS = ("INT4 + 8, eight columns per 32-bit word, first column lowest", 1, 8)
+    WEIGHTS = ("weights times the factors of their columns", 1, 1)
 
     @property
     def rows(self) -> int:
@@ -59,11 +61,36 @@ class StoredScales:
 
 
 @dataclass(frozen=True, slots=True)
+class Factors:
+    """A factor of the activations of a linear, one per channel."""
+
+    view: View
+    """``[channels]`` of a quantiser's tensor."""
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """What weights are divided by before they are quantised: each column by its own number.
+
+    The quotient is rounded to the weights' own element type, as a checkpoint that ModelOpt smoothed stores it
+    (modelopt/torch/quantization/model_calib.py, `apply_pre_quant_scale_and_smooth`).
+    """
+
+    view: View
+    """``[columns]``, or ``[slices, columns]`` of a stacked weight."""
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Codes of a weight."""
 
     codes: Codes
-    scales: TableScales | StoredScales
+    scales: TableScales | StoredScales | Factors
+    """Factors are those of columns, which `Codes.WEIGHTS` takes."""
+    smoothing: Smoothing | None = None
+    """None: the weights are stored as they are quantised."""
 
     def stored_shape(self, shape: Shape) -> Shape:
         """The shape of what is written for weights of `shape`."""
@@ -92,6 +119,8 @@ class Scalars:
     of_inputs: bool = False
     """Scales of the modules' activations, not of their weights."""
     at_least: float = 0.0
+    reciprocal: bool = False
+    """1 / scale is written."""
 
     def stored_shape(self, shape: Shape) -> Shape:
         """Its own."""
@@ -112,13 +141,15 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A quantiser's tensor in the order of the weight that it belongs to, divided in float32 when a divisor is given."""
+    """A quantiser's tensor in the order of the weight that it belongs to, divided in float32 if a divisor is given."""
 
     view: View
     dtype: DType
     divisor: float | None
     squeezed: bool = False
     """Without its last dim, which has size 1."""
+    times: Factors | None = None
+    """What its rows are multiplied by: the factor of the linear behind, which this one takes over."""
 
     def stored_shape(self, shape: Shape) -> Shape:
         """The view's."""
@@ -151,6 +182,8 @@ def described(recipe: Recipe) -> str:
     """For people: what is made, of whose scales."""
     if isinstance(recipe, Encoded):
         scales = recipe.scales
+        if isinstance(scales, Factors):
+            return recipe.codes.value[0]
         of = _modules(scales.groups) if isinstance(scales, TableScales) else "stored amax of rows or blocks"
         return f"{recipe.codes.value[0]}, amax / {scales.divisor:g}: {of}"
     if isinstance(recipe, Scalars):

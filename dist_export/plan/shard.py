@@ -248,7 +248,8 @@ class ShardPlanner:
             for parts in resolved.slices
         )
         ops = (*(values.pop() if values else ()), *rule.values(config))
-        return PlannedTensor(name, dtype, view, source_dtype, composed(ops), rule.transposed, interleaved=rule.interleaved)
+        steps = composed(ops)
+        return PlannedTensor(name, dtype, view, source_dtype, steps, rule.transposed, interleaved=rule.interleaved)
 
     def _input(self, part: Input, layer: int, expert: int) -> LogicalTensor:
         """The logical tensor of an input, or zeros (with no element type of their own) where the rule allows."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from dist_export.convert.sources import SourceFiles, SourceRectangle
 from dist_export.models.catalog import SourceTensor
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import SlabUses, Use, flat_shape
-from dist_export.tensors.dtypes import dtype_by_name
+from dist_export.tensors.dtypes import DType
 from dist_export.tensors.views import Slab
 from dist_export.verify.merging import merge_rows
 from dist_export.verify.output import Block, OutputReader, Region, TensorId
@@ -69,6 +70,13 @@ def choose_converter(uses: Iterable[Use], *, device: str = "cpu") -> Converter |
     return TorchArithmetic(device)
 
 
+class Recomputer(Protocol):
+    """What knows how quantised tensors are made (`dist_export.verify.quantized`)."""
+
+    def expected(self, slab: Slab, use: Use, block: Block, place: tuple[int, int], dtype: DType) -> Block:
+        """What the output holds of a block of source elements at (row, column) `place`, as stored."""
+
+
 class Comparer:
     """Compares source slabs with what an output holds of them."""
 
@@ -78,11 +86,12 @@ class Comparer:
         output: OutputReader,
         *,
         converter: Converter | None = None,
+        recomputer: Recomputer | None = None,
         progress: Callable[[int, int], None] = lambda num_bytes_read, num_bytes_compared: None,
     ) -> None:
         """`progress` is called after each band, from any thread, and may stop the work by raising."""
         self.sources, self.output, self.converter, self.progress = sources, output, converter, progress
-        self.reader = SourceReader(sources)
+        self.reader, self.recomputer = SourceReader(sources), recomputer
         self.num_bytes_compared = 0
         self._lock = Lock()
         self._matrix: tuple[tuple[Slab, tuple[int, int]], Block] | None = None
@@ -118,6 +127,7 @@ class Comparer:
         rectangles = self.sources.rectangles(slab.slab, slab.shape, slab.dtype)
         num_rows, width = flat_shape(slab.shape)
         step = max(BAND_BYTES // max(width * slab.dtype.itemsize, 1), 1)
+        step += step % 2  # rows may lie in pairs
         for first in range(0, num_rows, step):
             yield slab, rectangles, (first, min(first + step, num_rows))
 
@@ -136,28 +146,41 @@ class Comparer:
         band = self.reader.read(slab, rectangles, rows)
         if slab.update is not None:
             merge_rows(slab, band, rows, self._read_matrix)
-        compared = sum(self._compare_use(slab.slab, use, band, rows) for use in uses)
+        compared = sum(self._compare_use(slab, use, band, rows) for use in uses)
         with self._lock:
             self.num_bytes_compared += compared
         self.progress(band.nbytes + compared, compared)
 
-    def _compare_use(self, slab: Slab, use: Use, band: Block, rows: tuple[int, int]) -> int:
+    def _compare_use(self, slab: SlabUses, use: Use, band: Block, rows: tuple[int, int]) -> int:
         """Compare one use of a band; returns the target bytes compared."""
         top, bottom, left, right = use.source
         first, end = max(top, rows[0]), min(bottom, rows[1])
-        expected = self._expected(use.output.planned, band[first - rows[0] : end - rows[0], left:right])
-        row = use.row + first - top
-        region = Region((row, row + end - first), (use.column, use.column + right - left))
+        block = band[first - rows[0] : end - rows[0], left:right]
+        planned = use.output.planned
+        if planned.recipe is None:
+            expected = self._expected(planned, block)
+        else:
+            assert self.recomputer is not None, f"{planned.name} needs to be recomputed"
+            expected = self.recomputer.expected(slab.slab, use, block, (first, left), slab.dtype)
+        down, across = planned.packing
+        row, column = (use.row + first - top) // down, use.column // across
+        region = Region((row, row + (end - first) // down), (column, column + (right - left) // across))
         actual = self.output.read(use.output, region)
-        key = ((use.output.file, use.output.index), slab)
+        key = ((use.output.file, use.output.index), slab.slab)
         with self._lock:
             self._compared[key] = self._compared.get(key, 0) + actual.size
         if not _equal(expected, actual):
-            self._note(key, (first, left), region, expected, actual)
+            self._note(key, (first, left), region, (down, across), expected, actual)
         return int(actual.nbytes)
 
     def _note(
-        self, key: tuple[TensorId, Slab], start: tuple[int, int], region: Region, expected: Block, actual: Block
+        self,
+        key: tuple[TensorId, Slab],
+        start: tuple[int, int],
+        region: Region,
+        packing: tuple[int, int],
+        expected: Block,
+        actual: Block,
     ) -> None:
         different = expected != actual
         row, column = divmod(int(np.argmax(different)), different.shape[1])
@@ -165,7 +188,7 @@ class Comparer:
             *key,
             num_different=int(np.count_nonzero(different)),
             num_compared=actual.size,
-            source=(start[0] + row, start[1] + column),
+            source=(start[0] + row * packing[0], start[1] + column * packing[1]),
             target=(region.rows[0] + row, region.columns[0] + column),
             expected=int(expected[row, column]),
             found=int(actual[row, column]),
@@ -187,8 +210,7 @@ class Comparer:
         kept = self._matrix
         if kept is not None and kept[0] == (tensor.slab, rows):
             return kept[1]
-        whole = SlabUses(tensor.slab, tensor.shape, dtype_by_name(tensor.dtype), ())
-        block = self.reader.read(whole, self.sources.rectangles(whole.slab, whole.shape, whole.dtype), rows)
+        block = self.reader.tensor(tensor, rows)
         if rows == (0, tensor.shape[0]):
             self._matrix = (tensor.slab, rows), block
         return block

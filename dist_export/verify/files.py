@@ -19,6 +19,7 @@ from dist_export.tensors.safetensors_format import StoredTensor, read_header
 from dist_export.verify.findings import CHECKSUMS, PLAN, Finding
 
 MANIFEST = "export_manifest.json"
+QUANTIZATION_REPORT = "quantization_report.json"
 LOADED = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".index.json", ".py")
 """Endings that loaders of such folders look for: a stray file with one of them may be served."""
 
@@ -167,6 +168,8 @@ def _check_header(check: FolderCheck, shard: ShardPlan, stored: Mapping[str, Sto
 def _check_strays(check: FolderCheck, folder: Path, manifest: Mapping[str, Any], plan: ExportPlan) -> None:
     """Files that this export did not write. Those that a loader may take are faults, others are named."""
     known = {MANIFEST, export_report.NAME, *plan.documents(), *manifest["files"]}
+    if plan.quantization is not None:
+        known.add(QUANTIZATION_REPORT)
     for path in sorted(folder.iterdir()):
         if path.name in known:
             continue

@@ -15,6 +15,7 @@ import torch
 
 from dist_export.errors import ExportError, Faults
 from dist_export.verify import trace as at
+from dist_export.verify.decoding import decoded_state, is_quantised
 from dist_export.verify.trace import Point, Trace
 
 INSTALL_HINT = "logits of a Hugging Face folder are computed by transformers; run: pip install transformers"
@@ -132,7 +133,15 @@ def run_huggingface(folder: Path, tokens: torch.Tensor, *, dtype: torch.dtype = 
     return trace
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def load_decoded(folder: Path) -> Any:
+    """The model in `folder` in float32, its quantised weights decoded; activations are not rounded.
+
+    Raises `ExportError` as `run_huggingface` does.
+    """
+    return _load(folder, torch.float32, decoded=True)
+
+
+def _load(folder: Path, dtype: torch.dtype, *, decoded: bool = False) -> Any:
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
@@ -142,7 +151,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     transformers.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
+            **(_decoded(folder, transformers) if decoded and is_quantised(folder) else {_FOLDER: folder}),
             torch_dtype=dtype,
             output_loading_info=True,
             local_files_only=True,
@@ -155,10 +164,28 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     finally:
         transformers.logging.set_verbosity(level)
     faults = Faults(f"{folder}: not what {type(model).__name__} of transformers {transformers.__version__} expects")
+    further = _further_layers(model.config)
     for kind in ("missing", "unexpected", "mismatched"):
-        faults.extend(f"{name} is {kind}" for name in sorted(map(str, info.get(f"{kind}_keys") or ())))
+        names = sorted(map(str, info.get(f"{kind}_keys") or ()))
+        faults.extend(f"{name} is {kind}" for name in names if not name.startswith(further))
     faults.raise_if_any()
     return model.eval()
+
+
+_FOLDER = "pretrained_model_name_or_path"
+
+
+def _decoded(folder: Path, transformers: Any) -> dict[str, Any]:
+    """The model's configuration as if it were not quantised, and its decoded weights."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    del config.quantization_config
+    return {_FOLDER: None, "config": config, "state_dict": decoded_state(folder)}
+
+
+def _further_layers(config: Any) -> tuple[str, ...]:
+    """Beginnings of names in layers that predict further tokens, which transformers leaves out."""
+    first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", None) or 0
+    return tuple(f"model.layers.{first + number}." for number in range(count))
 
 
 def _watch(model: Any, modules: Modules, trace: Trace) -> None:

@@ -27,6 +27,7 @@ from dist_export.errors import ExportError, Faults
 from dist_export.models.config import ModelConfig
 from dist_export.tensors.boxes import Box
 from dist_export.verify import megatron_experts as experts
+from dist_export.verify import megatron_layers as variants
 from dist_export.verify import trace as at
 from dist_export.verify.records import read_box
 from dist_export.verify.trace import Point, Trace
@@ -88,6 +89,30 @@ def run_megatron(
     return trace
 
 
+@contextlib.contextmanager
+def loaded_model(
+    index: CheckpointIndex, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu"
+) -> Iterator[Any]:
+    """The checkpoint's GPTModel with all its weights on `device`, to be run by `forward` within the context.
+
+    Called in one process, which must not have a torch process group of its own. Raises as `run_megatron` does.
+    """
+    _check_supported(config, 1)
+    with _megatron_on_cpu(on_gpu=device != "cpu"):
+        model = _build(config, dtype)
+        _Weights(index, _sources(model, index), config, None).fill_all(model)
+        yield model.to(device)
+
+
+def forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, position, padded vocabulary] of token ids [batch, position], on the model's device."""
+    device, length = next(model.parameters()).device, tokens.shape[1]
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool, device=device), 1)
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens.to(device), torch.arange(length, device=device).expand(tokens.shape), mask)
+    return logits
+
+
 def _check_supported(config: ModelConfig, num_positions: int) -> None:
     faults = Faults("Megatron-Core's logits are not available for this model")
     faults.extend(experts.unsupported(config))
@@ -100,8 +125,9 @@ def _check_supported(config: ModelConfig, num_positions: int) -> None:
 
 
 @contextlib.contextmanager
-def _megatron_on_cpu() -> Iterator[None]:
-    """A process group of one, Megatron's parallel state, and its CUDA calls replaced; all undone afterwards."""
+def _megatron_on_cpu(*, on_gpu: bool = False) -> Iterator[None]:
+    """A process group of one, Megatron's parallel state, and its CUDA calls replaced (unless `on_gpu`); all undone
+    afterwards."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -113,7 +139,7 @@ def _megatron_on_cpu() -> Iterator[None]:
             from megatron.core.tensor_parallel import layers, random
         except ImportError as error:
             raise ExportError(f"{INSTALL_HINT} ({error})") from error
-        stack.enter_context(_replaced(torch.cuda, _CUDA_ON_CPU))
+        stack.enter_context(_replaced(torch.cuda, {} if on_gpu else _CUDA_ON_CPU))
         for module in (random, tensor_parallel, layers):
             stack.enter_context(_replaced(module, {"get_cuda_rng_tracker": lambda *_, **__: _NoRngTracker()}))
         from megatron.core.fusions import fused_softmax
@@ -122,6 +148,7 @@ def _megatron_on_cpu() -> Iterator[None]:
 
         stack.enter_context(_replaced(fused_softmax, {"get_sliding_window_causal_mask": sliding_window_mask}))
         stack.enter_context(experts.without_fused_router())
+        stack.enter_context(variants.latent_attention_on_cpu())
         dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(1, 1)
@@ -189,9 +216,7 @@ def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
-    from megatron.core.transformer import TransformerConfig
-
-    return TransformerConfig(
+    return variants.config_class(config)(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -207,6 +232,7 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
         add_qkv_bias=config.qkv_bias,
         qk_layernorm=config.qk_norm,
         **experts.transformer_fields(config),
+        **variants.fields(config),
         rotary_interleaved=config.rotary_interleaved,
         softmax_scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
         window_size=None if config.window_size is None else (config.window_size, 0),
@@ -235,14 +261,15 @@ def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
     from dist_export.verify.megatron_modules import add_scaling_and_capping, layer_spec
 
     scaling = config.rope_scaling
+    transformer_config = _transformer_config(config, dtype)
     with torch.device("meta"):
         model = GPTModel(
-            config=_transformer_config(config, dtype),
-            transformer_layer_spec=layer_spec(config),
+            config=transformer_config,
+            transformer_layer_spec=variants.block_spec(transformer_config, config) or layer_spec(config),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.max_position_embeddings,
             share_embeddings_and_output_weights=config.tied_embeddings,
-            position_embedding_type=config.position_embedding,
+            position_embedding_type=variants.add_yarn(transformer_config, config),
             rotary_percent=config.rotary_percent,
             rotary_base=config.rotary_base,
             seq_len_interpolation_factor=scaling.factor if scaling and scaling.kind == "linear" else None,
@@ -276,13 +303,14 @@ class _Source:
 
 def _sources(model: Any, index: CheckpointIndex) -> dict[str, _Source]:
     """Parameter name -> where the checkpoint has it, by Megatron's sharded state dict. Nothing may be left over."""
-    names = set(index.tensors)
+    names = {name for name in index.tensors if not name.startswith("mtp.")}  # further tokens are not predicted here
     layout = {
         "non_homogeneous_layers": any(name.startswith("decoder.layers.0.") for name in names),
         "singleton_local_shards": any(name.endswith("linear_fc1.weight_w") for name in names),
     }
     state = model.sharded_state_dict(metadata=layout)
-    sources = {name: _source(state[name], names) for name, _ in model.named_parameters()}
+    stored = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in state]
+    sources = {name: _source(state[name], names) for name in stored}
     needed = {key for source in sources.values() for key, _ in source.parts}
     faults = Faults(f"{index.origin}: does not hold the tensors that Megatron-Core has for this model configuration")
     faults.extend(f"{key} is missing" for key in sorted(needed - names))
@@ -324,6 +352,10 @@ class _Weights:
         self.index, self.sources, self.rounding = index, sources, rounding
         self.zero_centered_norm = config.zero_centered_norm
 
+    def fill_all(self, model: Any) -> None:
+        """Fill the whole model."""
+        self._fill(model, "", recurse=True)
+
     def stream_layers(self, model: Any) -> None:
         """Fill all of the model but its layers, which are filled when they run and emptied again."""
         layers = model.decoder.layers
@@ -346,6 +378,10 @@ class _Weights:
                 exact = name.endswith("router.weight") and self.rounding is not None and self.rounding.keeps_router
                 values = (stored if exact else self._rounded(stored, add_one=add_one)).to(parameter.dtype)
                 setattr(owner, kind, torch.nn.Parameter(values, requires_grad=False))
+            for kind, _ in owner.named_buffers(recurse=False):
+                name = ".".join(filter(None, (prefix, inner, kind)))
+                if name in self.sources:  # the router's expert bias, which stays as it is
+                    setattr(owner, kind, self._read(self.sources[name]))
 
     def _rounded(self, stored: torch.Tensor, *, add_one: bool) -> torch.Tensor:
         """The values of a stored tensor in the model, with the one of a zero-centred norm."""
@@ -393,17 +429,19 @@ def _watch(model: Any, trace: Trace, config: ModelConfig) -> None:
     model.embedding.register_forward_hook(output(at.EMBEDDING))
     for number, layer in enumerate(model.decoder.layers):
         attention, mlp = layer.self_attention, layer.mlp
+        layer.register_forward_hook(output(at.LAYER_OUTPUT, number))
+        if config.blocks is not None:  # what stands in the place of attention and MLP differs
+            continue
         layer.input_layernorm.register_forward_hook(output(at.ATTENTION_NORM, number))
         attention.core_attention.register_forward_pre_hook(inputs(number, at.QUERY, at.KEY, at.VALUE))
         attention.linear_proj.register_forward_pre_hook(inputs(number, at.CONTEXT))
         attention.register_forward_hook(output(at.ATTENTION_OUTPUT, number))
         layer.pre_mlp_layernorm.register_forward_hook(output(at.MLP_NORM, number))
-        if config.num_experts:
+        if config.has_experts(number):
             point = Point(at.ROUTER, number)
             experts.watch_router(mlp.router, functools.partial(trace.record, point))
         else:
             mlp.linear_fc1.register_forward_hook(halves(number))
             mlp.linear_fc2.register_forward_pre_hook(inputs(number, at.ACTIVATION))
         mlp.register_forward_hook(output(at.MLP_OUTPUT, number))
-        layer.register_forward_hook(output(at.LAYER_OUTPUT, number))
     model.decoder.final_layernorm.register_forward_hook(output(at.FINAL_NORM))

@@ -16,12 +16,8 @@ from dist_export.models.config import ModelConfig
 
 def unsupported(config: ModelConfig) -> Iterator[str]:
     """Why a model's experts are not built here."""
-    if config.moe_layer_freq is not None and not all(config.moe_layer_freq):
-        yield "some of its layers have experts and some do not"
     if config.moe_glu_interleave_size:
         yield "gate and up rows of its experts alternate"
-    if config.moe_router_expert_bias:
-        yield "its router has an expert bias"
 
 
 def transformer_fields(config: ModelConfig) -> dict[str, Any]:
@@ -39,6 +35,7 @@ def transformer_fields(config: ModelConfig) -> dict[str, Any]:
         "moe_router_num_groups": config.moe_router_num_groups,
         "moe_router_group_topk": config.moe_router_group_top_k,
         "moe_router_topk_scaling_factor": config.moe_router_scaling_factor,
+        "moe_router_enable_expert_bias": config.moe_router_expert_bias,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
         "moe_grouped_gemm": False,

@@ -1,8 +1,8 @@
 """Megatron modules of families that Megatron-Core alone does not have, on the CPU: Gemma's and Falcon's.
 
 Their trainers put them in place of Megatron-Core's (Megatron-Bridge models/gemma/gemma2_provider.py, modules.py and
-models/common/te_layers.py; NeMo nlp/models/language_modeling/megatron/falcon/falcon_decoder_layer.py); here they are made
-of the local layer spec. Importing this module imports torch and megatron-core.
+models/common/te_layers.py; NeMo nlp/models/language_modeling/megatron/falcon/falcon_decoder_layer.py); here they are
+made of the local layer spec. Importing this module imports torch and megatron-core.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class PlannedOutput:
             data_start = len(shard.header)
             for index, planned in enumerate(shard.tensors):
                 self.tensors[number, index] = OutputTensor(number, index, planned, data_start)
-                self._by_rank[0 if one_rank else number, planned.name] = (number, index)
+                name = planned.name.removesuffix("_packed")  # codes under a name of their own
+                self._by_rank[0 if one_rank else number, name] = (number, index)
 
     def find(self, rank: int, name: str) -> OutputTensor | None:
         """The tensor that target `rank` calls `name`; None when the plan has none."""
@@ -122,10 +123,10 @@ class OutputReader:
             return self._read_permuted(tensor, region)
         if planned.transposed:
             height = planned.view.shape[0]
-            stored = self._read_rows(tensor, height, Region(region.columns, region.rows))
+            stored = self.read_matrix(tensor, height, Region(region.columns, region.rows))
             turned: Block = stored.T
             return turned
-        return self._read_rows(tensor, tensor.width, region)
+        return self.read_matrix(tensor, planned.shape[-1] if planned.shape else 1, region)
 
     def _read_permuted(self, tensor: OutputTensor, region: Region) -> Block:
         """`region` of a tensor whose slices are transposed or have alternating halves."""
@@ -135,7 +136,7 @@ class OutputReader:
         block: Block = np.empty(region.shape, f"u{itemsize}")
         if not planned.transposed:  # [slices, out]
             for first, end, stored, step in _halves(region.columns, out, planned.interleaved):
-                part = self._read_rows(tensor, out, Region(region.rows, stored))
+                part = self.read_matrix(tensor, out, Region(region.rows, stored))
                 block[:, first - region.columns[0] : end - region.columns[0]] = part[:, ::step]
             return block
         for number in range(region.rows[0] // out, -(-region.rows[1] // out)):
@@ -143,12 +144,12 @@ class OutputReader:
             rows = max(-top, 0), min(region.rows[1] - number * out, out)
             lines = number * shape[2] + region.columns[0], number * shape[2] + region.columns[1]
             for first, end, stored, step in _halves(rows, out, planned.interleaved):
-                part = self._read_rows(tensor, out, Region(lines, stored))
+                part = self.read_matrix(tensor, out, Region(lines, stored))
                 block[top + first : top + end] = part[:, ::step].T
         return block
 
-    def _read_rows(self, tensor: OutputTensor, width: int, region: Region) -> Block:
-        """`region` of a tensor stored with `width` elements per row."""
+    def read_matrix(self, tensor: OutputTensor, width: int, region: Region) -> Block:
+        """`region` of a tensor as it is stored, taken as a matrix of `width` columns."""
         itemsize = tensor.planned.dtype.itemsize
         block: Block = np.empty(region.shape, f"u{itemsize}")
         for first, rows in _runs(region, width):

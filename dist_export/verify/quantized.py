@@ -6,10 +6,9 @@ weight belongs to, so a plan that takes another layer's scale, or amax in anothe
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,10 +17,9 @@ from dist_export.checkpoint.quantizer_scheme import KvScheme
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.value_ops import ValueOp
-from dist_export.plan.recipes import Encoded, Folded
+from dist_export.plan.recipes import Codes, Encoded, Folded
 from dist_export.plan.work import OutputTensor, Use
-from dist_export.tensors.boxes import Shape
-from dist_export.tensors.dtypes import FLOAT8_E4M3, INT8, UINT8, DType
+from dist_export.tensors.dtypes import DType
 from dist_export.tensors.views import Slab
 from dist_export.verify.inverse import RebuiltSource, SourceOrigin
 from dist_export.verify.merging import Float32, rounded, to_float32
@@ -34,64 +32,10 @@ from dist_export.verify.quantized_formulas import (
     fp4_block_scales,
     packed,
     scale_of,
+    single,
 )
+from dist_export.verify.quantized_names import KINDS, RECIPROCAL, TAKES_OVER, Cells, Kind, Quantised
 from dist_export.verify.quantizer_scales import WEIGHTS, QuantizerScales
-
-Cells = tuple[int, int, int, int]
-"""First row, row end, first column, column end."""
-
-
-class Kind(Enum):
-    """What a tensor beside a weight is."""
-
-    SCALE = "scale of its weights"
-    SECOND = "second scale of its weights"
-    INPUT = "scale of its activations"
-    FACTOR = "factor of its activations"
-    KEY = "scale of the cached keys"
-    VALUE = "scale of the cached values"
-    KEY_VALUE = "scale of the cached keys and values"
-
-
-KINDS: Mapping[str, Kind] = {
-    "weights_scaling_factor": Kind.SCALE,
-    "per_channel_scale": Kind.SCALE,
-    "weight_scale": Kind.SCALE,
-    "weights_scaling_factor_2": Kind.SECOND,
-    "weight_scale_2": Kind.SECOND,
-    "activation_scaling_factor": Kind.INPUT,
-    "input_scale": Kind.INPUT,
-    "prequant_scaling_factor": Kind.FACTOR,
-    "pre_quant_scale": Kind.FACTOR,
-    "k_cache_scaling_factor": Kind.KEY,
-    "k_scale": Kind.KEY,
-    "v_cache_scaling_factor": Kind.VALUE,
-    "v_scale": Kind.VALUE,
-    "kv_cache_scaling_factor": Kind.KEY_VALUE,
-}
-"""Last part of a tensor's name, as either target has it, to what it is."""
-
-
-@dataclass(slots=True)
-class Quantised:
-    """One weight of the output that is made of quantised modules."""
-
-    output: OutputTensor
-    uses: list[tuple[SourceTensor, ModuleName, Use]] = field(default_factory=list)
-    """What fills it: of which source weight and module."""
-    companions: dict[Kind, OutputTensor] = field(default_factory=dict)
-
-    @property
-    def rows_per_slice(self) -> int:
-        """Rows of one expert where the weight is stacked over experts, else all."""
-        shape = self.output.planned.view.shape
-        return shape[-2]
-
-    def modules(self, row: int | None = None) -> tuple[ModuleName, ...]:
-        """Those that fill the slice of a row, or the whole weight."""
-        within = None if row is None else row // self.rows_per_slice
-        found = (m for _, m, u in self.uses if within is None or u.row // self.rows_per_slice == within)
-        return tuple(dict.fromkeys(found))
 
 
 class QuantisedOutput:
@@ -104,6 +48,14 @@ class QuantisedOutput:
         self._norms: dict[Slab, SourceOrigin] = {}
         self.unknown: list[TensorId] = []
         """Tensors that are made in a way which cannot be recomputed here."""
+        self.kv_caches: dict[TensorId, tuple[Kind, int]] = {}
+        """Scales of the KV cache, of which layer."""
+        self._layers: dict[tuple[int, str], int] = {}
+        self.folded: set[ModuleName] = set()
+        """Linears whose factor the norm before them has taken over."""
+        self.plain: dict[TensorId, ModuleName] = {}
+        """Weights that keep their precision and take over the factor of their own activations."""
+        self._owners: dict[TensorId, Quantised] = {}
         for source in sources:
             self._enter(source)
         self._find_companions()
@@ -111,13 +63,20 @@ class QuantisedOutput:
     def _enter(self, source: RebuiltSource) -> None:
         origin = source.origin
         module = module_of(origin)
+        for use in source.work.uses:
+            self._layers[use.output.file, _layer_part(use.output.planned.name)] = origin.place.layer
         if module is None:
             self._norms[origin.tensor.slab] = origin
+            if any(isinstance(use.output.planned.recipe, Folded) for use in source.work.uses):
+                self.folded.add(behind_norm(origin))
             return
         self._modules[origin.tensor.slab] = origin.tensor, module
         if module in self.scales.quantization.schemes:
             for use in source.work.uses:
-                key = use.output.file, use.output.index
+                key, recipe = (use.output.file, use.output.index), use.output.planned.recipe
+                if isinstance(recipe, Encoded) and recipe.codes is Codes.WEIGHTS:
+                    self.plain[key] = module
+                    continue
                 weight = self.weights.setdefault(key, Quantised(use.output))
                 weight.uses.append((origin.tensor, module, use))
 
@@ -125,36 +84,57 @@ class QuantisedOutput:
         """Tensors beside the weights, told by their names."""
         heads: dict[tuple[int, str], Quantised] = {}
         for key, weight in self.weights.items():
-            if isinstance(weight.output.planned.recipe, Encoded):
-                heads[key[0], weight.output.planned.name.rpartition(".")[0]] = weight
-        self.kv_caches: dict[TensorId, tuple[Kind, int]] = {}
+            heads[key[0], weight.output.planned.name.rpartition(".")[0]] = weight
+            self._owners[key] = weight
         for key, tensor in self.output.tensors.items():
             planned = tensor.planned
-            if planned.recipe is None or key in self.weights or isinstance(planned.recipe, Folded):
+            if key in self.weights or key in self.plain or isinstance(planned.recipe, Folded):
+                continue
+            if planned.recipe is None and planned.name.rpartition(".")[2] not in KINDS:
                 continue
             head, _, last = planned.name.rpartition(".")
             kind, owner = KINDS.get(last), heads.get((key[0], head))
             if kind in (Kind.KEY, Kind.VALUE, Kind.KEY_VALUE):
-                self.kv_caches[key] = kind, -1
+                self.kv_caches[key] = kind, self._layers.get((key[0], _layer_part(planned.name)), -1)
             elif kind is None or owner is None or kind in owner.companions:
                 self.unknown.append(key)
             else:
                 owner.companions[kind] = tensor
+                self._owners[key] = owner
+
+    def knows(self, key: TensorId) -> bool:
+        """Whether a tensor with a recipe can be recomputed."""
+        owner = self._owners.get(key)
+        if owner is not None:
+            return self.form(owner) is not None
+        is_folded = isinstance(self.output.tensors[key].planned.recipe, Folded)
+        return is_folded or key in self.kv_caches or key in self.plain
 
     def extended(self, source: RebuiltSource) -> RebuiltSource:
         """With the block scales that follow from the weights, which no rule names."""
         uses = list(source.work.uses)
         for use in source.work.uses:
             weight = self.weights.get((use.output.file, use.output.index))
-            if weight is None or self._form(weight).grain is not Grain.FP4:
+            form = None if weight is None else self.form(weight)
+            if weight is None or form is None or form.grain is not Grain.FP4 or self.is_stored(weight):
                 continue
             scales = weight.companions.get(Kind.SCALE)
             uses += [replace(use, output=scales)] if scales is not None else []
         return replace(source, work=replace(source.work, uses=tuple(uses)))
 
-    def _form(self, weight: Quantised) -> Form:
-        form = self.scales.form(weight.modules()[0])
-        return form if form is not None else NO_FORM
+    def form(self, weight: Quantised) -> Form | None:
+        """How a weight is stored; None when that cannot be recomputed."""
+        recipe, forms = weight.output.planned.recipe, {self.scales.form(module) for module in weight.modules()}
+        found = forms.pop() if len(forms) == 1 else None
+        if found is None or (recipe is None and not self.is_stored(weight)):
+            return None
+        if isinstance(recipe, Encoded) and recipe.codes is Codes.INT4_WORDS:
+            return replace(found, rows_per_byte=1, words=True)
+        return found
+
+    def is_stored(self, weight: Quantised) -> bool:
+        """Whether the checkpoint stores the codes themselves."""
+        return all(self.scales.is_compressed(module) for module in weight.modules())
 
     def expected(self, slab: Slab, use: Use, block: Block, place: tuple[int, int], dtype: DType) -> Block:
         """What the output holds of a block of source elements (raw, of `dtype`), as stored.
@@ -166,22 +146,24 @@ class QuantisedOutput:
         if isinstance(planned.recipe, Folded):
             return self._folded(slab, use, values, place)
         tensor, module = self._modules[slab]
-        form = self.scales.form(module)
+        columns = place[1], place[1] + block.shape[1]
+        if (use.output.file, use.output.index) in self.plain:
+            factor = self.scales.factor(module)
+            assert factor is not None, f"{planned.name} takes over its factor"
+            return rounded(np.ascontiguousarray(values * factor[slice(*columns)]), planned.dtype)
+        values = self.scales.smoothed(module, values, columns, dtype)
         row = use.row + place[0] - use.source[0]
-        owner = self._owner(use)
-        assert form is not None and owner is not None, f"{planned.name} cannot be recomputed"
+        owner = self.owner(use.output)
+        form = self.form(owner)
+        assert form is not None, f"{planned.name} cannot be recomputed"
         if use.output is owner.companions.get(Kind.SCALE):
-            return fp4_block_scales(values, self._scalar(owner.modules(row)))
-        cells = (place[0], place[0] + block.shape[0], place[1], place[1] + block.shape[1])
+            return fp4_block_scales(values, self.scalar(owner.modules(row)))
+        cells = (place[0], place[0] + block.shape[0], *columns)
         return packed(form.codes(values / self.spread_scales(tensor, module, owner.modules(row), values, cells)), form)
 
-    def _owner(self, use: Use) -> Quantised | None:
-        owner = self.weights.get((use.output.file, use.output.index))
-        if owner is None:
-            head = use.output.planned.name.rpartition(".")[0]
-            same = (w for k, w in self.weights.items() if k[0] == use.output.file)
-            owner = next((w for w in same if w.output.planned.name.rpartition(".")[0] == head), None)
-        return owner
+    def owner(self, output: OutputTensor) -> Quantised:
+        """The weight that a tensor is, or is beside."""
+        return self._owners[output.file, output.index]
 
     def spread_scales(
         self,
@@ -197,10 +179,10 @@ class QuantisedOutput:
         form = self.scales.form(module)
         assert form is not None, f"{module} is not quantised"
         if form.grain is Grain.MODULE:
-            return np.array([[self._scalar(together)]], np.float32)
+            return np.array([[self.scalar(together)]], np.float32)
         top, bottom, left, right = cells
         if form.grain is Grain.FP4:
-            second = self._scalar(together)
+            second = self.scalar(together)
             scales = e4m3_values(fp4_block_scales(values, second)) * second
             return np.repeat(scales, FP4_COLUMNS, axis=1)
         amax = self.scales.row_amax(module, tensor, in_order=in_order)
@@ -211,13 +193,14 @@ class QuantisedOutput:
         spread = np.repeat(blocks, size, axis=1)
         return spread[:, left % size : left % size + right - left]
 
-    def _scalar(self, modules: Sequence[ModuleName]) -> np.float32:
+    def scalar(self, modules: Sequence[ModuleName]) -> np.float32:
         """The scale that modules share: of the largest amax."""
         form = self.scales.form(modules[0])
         assert form is not None, f"{modules[0]} is not quantised"
+        if all(self.scales.is_compressed(module) for module in modules):
+            return single(max(self.scales.stored_scale(module) for module in modules))
         amax = np.array([max(self.scales.weight_amax(module) for module in modules)], np.float32)
-        result: np.float32 = scale_of(amax, form.second or form.divisor)[0]
-        return result
+        return single(scale_of(amax, form.second or form.divisor)[0])
 
     def _folded(self, slab: Slab, use: Use, values: Float32, place: tuple[int, int]) -> Block:
         """A norm that has taken over the factor of the linear behind it."""
@@ -225,17 +208,15 @@ class QuantisedOutput:
         factor = self.scales.factor(behind_norm(origin))
         if factor is None:
             raise ExportError(f"{planned.name}: the linear behind it has no factor to take over")
+        first = use.column + place[1] - use.source[2]
         for op in planned.values:
             step = np.float32(1 if op is ValueOp.ADD_ONE else -1)
             values = to_float32(rounded(values + step, planned.source_dtype), planned.source_dtype)
         values = to_float32(rounded(values, planned.dtype), planned.dtype)
-        columns = slice(place[1], place[1] + values.shape[1])
+        columns = slice(first, first + values.shape[1])
         minus_one = origin.tensor.slab.name.endswith("weight") and self._stores_gamma_minus_one(planned.values)
-        if minus_one:
-            values = (values + np.float32(1)) * factor[columns] - np.float32(1)
-        else:
-            values = values * factor[columns]
-        return rounded(np.ascontiguousarray(values), planned.dtype)
+        offset = np.float32(1 if minus_one else 0)
+        return rounded((values + offset) * factor[columns] - offset, planned.dtype)
 
     def _stores_gamma_minus_one(self, ops: Sequence[ValueOp]) -> bool:
         offset = -1 if self.scales.quantization.logical.config.zero_centered_norm else 0
@@ -244,15 +225,24 @@ class QuantisedOutput:
 
     def companion_cells(self, weight: Quantised, kind: Kind) -> Iterator[tuple[Cells, Float32]]:
         """What a tensor beside a weight must hold: (cells of it as a matrix, float32 values), part by part."""
-        form = self._form(weight)
-        if kind is Kind.INPUT:
+        name = weight.companions[kind].planned.name.rpartition(".")[2] if kind in weight.companions else ""
+        for cells, values in self._companion_cells(weight, kind):
+            yield cells, (np.float32(1) / values if name in RECIPROCAL else values)
+
+    def _companion_cells(self, weight: Quantised, kind: Kind) -> Iterator[tuple[Cells, Float32]]:
+        form = self.form(weight)
+        assert form is not None, f"{weight.output.planned.name} cannot be recomputed"
+        if kind is Kind.SHAPE:
+            shape = weight.output.planned.view.shape
+            yield (0, len(shape), 0, 1), np.array(shape, np.float32)[:, None]
+        elif kind is Kind.INPUT:
             yield (0, 1, 0, 1), np.array([[self._input_scale(weight)]], np.float32)
         elif kind is Kind.SECOND or (kind is Kind.SCALE and form.grain is Grain.MODULE):
             rows = int(np.prod(weight.output.planned.view.shape[:-1]))
             for number, row in enumerate(range(0, rows, weight.rows_per_slice)):
-                yield (number, number + 1, 0, 1), np.array([[self._scalar(weight.modules(row))]], np.float32)
+                yield (number, number + 1, 0, 1), np.array([[self.scalar(weight.modules(row))]], np.float32)
         elif kind is Kind.FACTOR:
-            for tensor, module, use in weight.uses:
+            for _, module, use in weight.uses:
                 factor = self.scales.factor(module)
                 if factor is None:
                     raise ExportError(f"{module}: the checkpoint has no factor of its activations")
@@ -260,20 +250,45 @@ class QuantisedOutput:
                 number = use.row // weight.rows_per_slice
                 yield (number, number + 1, use.column, use.column + right - left), factor[None, left:right]
         else:
+            taken = self.taken_over(weight)
             for tensor, module, use in weight.uses:
-                yield from self._row_scales(tensor, module, use, form)
+                for cells, values in self.row_scales(tensor, use, form, self.scales.row_amax(module, tensor)):
+                    yield cells, values if taken is None else values * taken[cells[0] : cells[1], None]
 
-    def _row_scales(
-        self, tensor: SourceTensor, module: ModuleName, use: Use, form: Form
-    ) -> Iterator[tuple[Cells, Float32]]:
+    def row_scales(self, tensor: SourceTensor, use: Use, form: Form, amax: Float32) -> Iterator[tuple[Cells, Float32]]:
+        """Scales of rows or of blocks that belong to a use."""
         top, bottom, left, right = use.source
-        amax = self.scales.row_amax(module, tensor)
         first, end, column = 0, 1, 0
-        if form.grain is Grain.BLOCK:
-            size = tensor.shape[-1] // amax.shape[1]
-            first, end, column = left // size, -(-right // size), use.column // size
+        if form.grain in (Grain.BLOCK, Grain.FP4):
+            size = FP4_COLUMNS if form.grain is Grain.FP4 else tensor.shape[-1] // amax.shape[1]
+            each = form.columns_per_byte if form.grain is Grain.FP4 else 1  # FP4 by rows: the weight is stored as codes
+            first, end, column = left * each // size, -(-right * each // size), use.column * each // size
+        if form.grain is Grain.FP4:  # scales, not amax
+            yield (use.row, use.row + bottom - top, column, column + end - first), amax[top:bottom, first:end]
+            return
         scales = scale_of(amax[top:bottom, first:end], form.divisor)
         yield (use.row, use.row + bottom - top, column, column + end - first), scales
+
+    def taken_over(self, weight: Quantised) -> Float32 | None:
+        """``[rows]``: the factor of the activations behind a weight, where its rows take it over."""
+        name = weight.output.planned.name.split(".")[-2]
+        own, behind = TAKES_OVER.get(name, ("", ""))
+        config = self.output.plan.config.get("quantization_config")
+        is_compressed = isinstance(config, dict) and config.get("quant_method") == "compressed-tensors"
+        modules = [replace(m, pattern=m.pattern.replace(own, behind)) for m in weight.modules()] if own else []
+        if not is_compressed or not modules or any(module in self.plain.values() for module in modules):
+            return None
+        return self.scales.factor(modules[0]) if modules[0] in self.scales.quantization.schemes else None
+
+    @property
+    def taken(self) -> set[ModuleName]:
+        """Linears whose factor the rows of the linear before them take over."""
+        found = set[ModuleName]()
+        for weight in self.weights.values():
+            own, behind = TAKES_OVER.get(weight.output.planned.name.split(".")[-2], ("", ""))
+            if own and self.taken_over(weight) is not None:
+                found.update(replace(m, pattern=m.pattern.replace(own, behind)) for m in weight.modules())
+        return found
 
     def _input_scale(self, weight: Quantised) -> np.float32:
         """Experts that lie in one tensor take the largest of all of the layer's, on every rank."""
@@ -281,21 +296,25 @@ class QuantisedOutput:
         if len(weight.output.planned.view.shape) == 3:
             experts = range(self.scales.quantization.logical.config.num_experts)
             modules = [replace(module, expert=expert) for module in modules for expert in experts]
-        return np.float32(max(self.scales.input_scale(module) for module in dict.fromkeys(modules)))
+        return single(max(self.scales.input_scale(module) for module in dict.fromkeys(modules)))
 
     def kv_scale(self, kind: Kind, layer: int, *, clamped: bool) -> np.float32:
         """Of the KV cache of a layer. `clamped`: at least 1, as TensorRT-LLM's FP8 scales are written."""
         quantization = self.scales.quantization
         if quantization.kv_cache_scale is not None:
-            return np.float32(quantization.kv_cache_scale)
-        wanted = {Kind.KEY: (Quantizer.KEY,), Kind.VALUE: (Quantizer.VALUE,)}.get(kind, (Quantizer.KEY, Quantizer.VALUE))
+            return single(quantization.kv_cache_scale)
+        both = (Quantizer.KEY, Quantizer.VALUE)
+        wanted = {Kind.KEY: both[:1], Kind.VALUE: both[1:]}.get(kind, both)
         amax = np.array([max(self.scales.kv_amax(layer, each) for each in wanted)], np.float32)
         fp8 = quantization.kv_cache is KvScheme.FP8
         scale = scale_of(amax, 448.0 if fp8 else 127.0)[0]
-        return np.float32(max(scale, np.float32(1))) if clamped and fp8 else np.float32(scale)
+        return single(max(scale, np.float32(1))) if clamped and fp8 else np.float32(scale)
 
 
-NO_FORM = Form(Grain.MODULE, lambda values: values.view(np.uint8), 1.0)
+def _layer_part(name: str) -> str:
+    """``transformer.layers.3.`` of a name in it; empty for others."""
+    match = re.match(r".*?layers\.\d+\.", name)
+    return match[0] if match else ""
 
 
 def module_of(origin: SourceOrigin) -> ModuleName | None:
@@ -313,30 +332,10 @@ _BEHIND = {"input_layernorm": "self_attention.linear_qkv", "pre_mlp_layernorm": 
 def behind_norm(origin: SourceOrigin) -> ModuleName:
     """The linear whose input a norm makes: the one it is fused with, or the next in the layer."""
     head, _, last = origin.rule.source.rpartition(".")
+    for own, behind in TAKES_OVER.values():
+        if last == "bias" and head.endswith(own):
+            return ModuleName(head.removesuffix(own) + behind, origin.place.layer, origin.place.expert)
     if not last.startswith("layer_norm_"):
         layer, _, norm = head.rpartition(".")
         head = f"{layer}.{_BEHIND.get(norm, norm)}"
     return ModuleName(head, origin.place.layer)
-
-
-def stored_dtypes(form: Form) -> tuple[DType, ...]:
-    """Element types that hold the codes of a form."""
-    if form.rows_per_byte == 2:
-        return (INT8, UINT8)
-    if form.columns_per_byte == 2:
-        return (UINT8,)
-    return (INT8,) if form.divisor == 127.0 else (FLOAT8_E4M3,)
-
-
-def stored_shape(form: Form, shape: Shape) -> Shape:
-    """Of the codes of weights of `shape`."""
-    return (*shape[:-2], shape[-2] // form.rows_per_byte, shape[-1] // form.columns_per_byte)
-
-
-def by_source(weights: Mapping[TensorId, Quantised]) -> dict[Slab, list[TensorId]]:
-    """Source weight -> the quantised tensors made of it."""
-    found: dict[Slab, list[TensorId]] = defaultdict(list)
-    for key, weight in weights.items():
-        for tensor, _, _ in weight.uses:
-            found[tensor.slab].append(key)
-    return found

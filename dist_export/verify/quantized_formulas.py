@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,8 @@ class Form:
     """Divisor of the scale of activations; 0: it has none."""
     rows_per_byte: int = 1
     columns_per_byte: int = 1
+    words: bool = False
+    """Four-bit codes + 8, eight columns to a word of 32 bits, the first in the lowest bits."""
     level: int | None = None
     """Which of several quantisers that follow each other has the amax of `grain`."""
 
@@ -86,14 +89,17 @@ _E4M3_VALUES = _e4m3_table()
 
 def int8(values: Float32) -> Codes8:
     """Two's complement, to nearest, ties to even, within -128 and 127."""
-    codes: Codes8 = np.clip(np.rint(values), -128, 127).astype(np.int8).view(np.uint8)
-    return codes
+    return _bytes(np.clip(np.rint(values), -128, 127))
 
 
 def int4(values: Float32) -> Codes8:
     """Two's complement in the low four bits, within -8 and 7."""
-    codes: Codes8 = np.clip(np.rint(values), -8, 7).astype(np.int8).view(np.uint8) & np.uint8(15)
-    return codes
+    return np.bitwise_and(_bytes(np.clip(np.rint(values), -8, 7)), 15, dtype=np.uint8)
+
+
+def _bytes(numbers: Float32) -> Codes8:
+    """Whole numbers as two's complement."""
+    return numbers.astype(np.int16).astype(np.uint8)
 
 
 def e2m1(values: Float32) -> Codes8:
@@ -103,7 +109,7 @@ def e2m1(values: Float32) -> Codes8:
     large = ((bits + np.uint32(0x1FFFFF) + ((bits >> 22) & 1)) >> 22) - np.uint32((127 - 1) << 1)
     small = np.rint(magnitude * np.float32(2))
     code = np.where(magnitude < 1, small, large).astype(np.uint8)
-    result: Codes8 = code | ((values < 0).astype(np.uint8) << 3)
+    result: Codes8 = code | ((values < 0).astype(np.uint8) << np.uint8(3))
     return result
 
 
@@ -117,21 +123,36 @@ def fp4_block_scales(weights: Float32, second: np.float32) -> Codes8:
 
 def packed_rows(codes: Codes8) -> Codes8:
     """Two rows of four-bit codes to a byte, the even row in the low bits."""
-    result: Codes8 = codes[0::2] | (codes[1::2] << 4)
+    result: Codes8 = codes[0::2] | (codes[1::2] << np.uint8(4))
     return result
 
 
 def packed_columns(codes: Codes8) -> Codes8:
     """Two columns of four-bit codes to a byte, the even column in the low bits."""
-    result: Codes8 = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    result: Codes8 = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
     return result
 
 
-def packed(codes: Codes8, form: Form) -> Codes8:
+def packed_words(codes: Codes8) -> npt.NDArray[np.uint32]:
+    """Eight columns of four-bit codes to a word, 8 added to each, the first column in the lowest bits."""
+    digits = ((codes ^ 8) & 15).astype(np.uint32).reshape(codes.shape[0], -1, 8)
+    words: npt.NDArray[np.uint32] = np.bitwise_or.reduce(digits << np.arange(0, 32, 4, dtype=np.uint32), axis=-1)
+    return words
+
+
+def packed(codes: Codes8, form: Form) -> npt.NDArray[Any]:
     """Codes as stored."""
+    if form.words:
+        return packed_words(codes)
     if form.rows_per_byte == 2:
         return packed_rows(codes)
     return packed_columns(codes) if form.columns_per_byte == 2 else codes
+
+
+def single(value: Any) -> np.float32:
+    """A number as float32."""
+    result: np.float32 = np.float32(value)
+    return result
 
 
 def scale_of(amax: Float32, divisor: float) -> Float32:

@@ -1,7 +1,7 @@
-"""What the quantisers of a checkpoint hold, read once more for the comparison: amax of weights and of inputs, factors.
+"""What the quantisers of a checkpoint hold, read once more for the comparison: amax of weights and inputs, factors.
 
-How the model is quantised is taken from the plan's `Quantization`; the numbers, their order and what they are divided by
-are worked out here. Values are in the order of the source weight's own rows and columns.
+How the model is quantised is taken from the plan's `Quantization`; the numbers, their order and what they are
+divided by are worked out here. Values are in the order of the source weight's own rows and columns.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from threading import Lock
 import numpy as np
 
 from dist_export.checkpoint.index import CheckpointIndex
-from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
+from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer, QuantizerTensor, quantizer_tensor
 from dist_export.checkpoint.quantizer_scheme import KvScheme
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.quantization import Quantization
 from dist_export.plan.work import SlabUses
 from dist_export.tensors.boxes import Box
-from dist_export.tensors.dtypes import dtype_by_name
-from dist_export.verify.merging import Float32, merge_rows, to_float32
-from dist_export.verify.quantized_formulas import FORMS, Form, Grain
+from dist_export.tensors.dtypes import FLOAT8_E4M3, DType, dtype_by_name
+from dist_export.verify.merging import Float32, merge_rows, rounded, to_float32
+from dist_export.verify.quantized_formulas import FORMS, Form, Grain, e4m3_values, single
 from dist_export.verify.source_reader import SourceReader
 
 MEASURE_BYTES = 1 << 20  # of rows measured at a time
@@ -46,7 +46,7 @@ class QuantizerScales:
     _lock: Lock = field(default_factory=Lock)
 
     def form(self, module: ModuleName) -> Form | None:
-        """How a module's weights are stored; None when they are not quantised, or in a way that cannot be recomputed."""
+        """How a module's weights are stored; None when they are not quantised, or in a way that is not known here."""
         scheme = self.quantization.schemes.get(module)
         return FORMS.get(scheme.scheme) if scheme is not None else None
 
@@ -60,23 +60,45 @@ class QuantizerScales:
     def weight_amax(self, module: ModuleName) -> np.float32:
         """Amax of a module's whole weight: the stored one, else as it was measured."""
         if module in self.measured:
-            return self.measured[module]
+            return single(self.measured[module])
         return _only(self.stored(module, Quantizer.WEIGHT, Quantity.AMAX, self._level(module)), module)
 
     def input_scale(self, module: ModuleName) -> np.float32:
         """Scale of the activations of a module, by its own form's divisor."""
         if module in self.quantization.input_scales:
-            return np.float32(self.quantization.input_scales[module])
+            return single(self.quantization.input_scales[module])
         form = self.form(module)
         assert form is not None, f"{module} is not quantised"
         amax = _only(self.stored(module, Quantizer.INPUT, Quantity.AMAX), module)
-        result: np.float32 = amax / np.float32(form.inputs)
-        return result
+        return single(amax / np.float32(form.inputs))
+
+    def is_compressed(self, module: ModuleName) -> bool:
+        """Whether the checkpoint stores the codes of a module's weight, not the weight."""
+        scheme = self.quantization.schemes.get(module)
+        return scheme is not None and scheme.compressed
+
+    def stored_scale(self, module: ModuleName) -> np.float32:
+        """The scale of a whole weight that is stored as codes."""
+        form = self.form(module)
+        quantity = Quantity.DOUBLE_SCALE if form is not None and form.grain is Grain.FP4 else Quantity.SCALE
+        return _only(self.stored(module, Quantizer.WEIGHT, quantity), module)
+
+    def smoothed(self, module: ModuleName, values: Float32, columns: tuple[int, int], dtype: DType) -> Float32:
+        """Weights of some columns as they are quantised: divided by what a calibration file has for each column."""
+        found = self.quantization.tensors.find(module, Quantizer.INPUT, Quantity.SMOOTHING)
+        if found is None:
+            return values
+        inverse = np.float32(1) / self._read(found).reshape(-1)[slice(*columns)]
+        return to_float32(rounded(np.ascontiguousarray(values * inverse), dtype), dtype)
 
     def factor(self, module: ModuleName) -> Float32 | None:
         """``[in]``: what activations are multiplied by; None where the checkpoint has none."""
         found = self.quantization.tensors.find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
         return None if found is None else self._read(found).reshape(-1)
+
+    def has_factor(self, module: ModuleName) -> bool:
+        """Whether the checkpoint has a factor of the module's activations."""
+        return self.quantization.tensors.find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE) is not None
 
     def kv_amax(self, layer: int, quantizer: Quantizer) -> np.float32:
         """Of a layer's keys or values."""
@@ -89,9 +111,11 @@ class QuantizerScales:
         """
         form = self.form(module)
         assert form is not None, f"{module} is not quantised"
-        found = self.quantization.tensors.find(module, Quantizer.WEIGHT, Quantity.AMAX, form.level)
+        of_blocks = form.grain is Grain.FP4  # stored as scales, in a checkpoint of codes
+        quantity, level = (Quantity.SCALE, None) if of_blocks else (Quantity.AMAX, form.level)
+        found = self.quantization.tensors.find(module, Quantizer.WEIGHT, quantity, level)
         if found is None and form.grain is Grain.ROW:
-            return self._measured_rows(weight)
+            return self._measured_rows(module, weight)
         if found is None:
             raise ExportError(f"{module}: the checkpoint has no amax of {form.grain.value} of its weight")
         amax = self._read(found)
@@ -110,7 +134,9 @@ class QuantizerScales:
         modules = []
         for module in self.quantization.modules():
             form = self.form(module)
-            if form is None or not (form.grain in (Grain.MODULE, Grain.FP4) or form.second):
+            if form is None or self.is_compressed(module):
+                continue
+            if form.grain not in (Grain.MODULE, Grain.FP4) and not form.second:
                 continue
             if self.quantization.tensors.find(module, Quantizer.WEIGHT, Quantity.AMAX, self._level(module)) is None:
                 modules.append(module)
@@ -129,7 +155,10 @@ class QuantizerScales:
                 continue
             yield find(module, Quantizer.WEIGHT, Quantity.AMAX, form.level)
             yield find(module, Quantizer.WEIGHT, Quantity.AMAX, self._level(module))
+            yield find(module, Quantizer.WEIGHT, Quantity.SCALE)
+            yield find(module, Quantizer.WEIGHT, Quantity.DOUBLE_SCALE)
             yield find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
+            yield find(module, Quantizer.INPUT, Quantity.SMOOTHING)
             if form.inputs and module not in self.quantization.input_scales:
                 yield find(module, Quantizer.INPUT, Quantity.AMAX)
         if self.quantization.kv_cache is not KvScheme.NONE and self.quantization.kv_cache_scale is None:
@@ -168,19 +197,20 @@ class QuantizerScales:
             if tensor in self._kept:
                 self._kept.move_to_end(tensor)
                 return self._kept[tensor]
-        values = to_float32(self.reader.tensor(tensor), dtype_by_name(tensor.dtype))
+        raw, dtype = self.reader.tensor(tensor), dtype_by_name(tensor.dtype)
+        values = e4m3_values(raw) if dtype is FLOAT8_E4M3 else to_float32(raw, dtype)
         with self._lock:
             self._kept[tensor] = values
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return values
 
-    def _measured_rows(self, weight: SourceTensor) -> Float32:
+    def _measured_rows(self, module: ModuleName, weight: SourceTensor) -> Float32:
         """``[rows, 1]``: amax of the rows of a weight that nobody has calibrated."""
         with self._lock:
             if weight in self._kept:
                 return self._kept[weight]
-        rows = np.concatenate([np.abs(block).max(1, keepdims=True) for block in self._blocks(weight)])
+        rows = np.concatenate([np.abs(block).max(1, keepdims=True) for block in self._blocks(module, weight)])
         with self._lock:
             self._kept[weight] = rows
         return rows
@@ -188,11 +218,11 @@ class QuantizerScales:
     def _measure(self, module: ModuleName) -> np.float32:
         largest = np.float32(0)
         for weight in self.weights_of(module):
-            for block in self._blocks(weight):
+            for block in self._blocks(module, weight):
                 largest = np.maximum(largest, np.abs(block).max())
-        return largest
+        return single(largest)
 
-    def _blocks(self, weight: SourceTensor) -> Iterator[Float32]:
+    def _blocks(self, module: ModuleName, weight: SourceTensor) -> Iterator[Float32]:
         """A weight from top to bottom, with what adapters add."""
         dtype, update = dtype_by_name(weight.dtype), self.quantization.logical.catalog.updates.get(weight.slab)
         work = SlabUses(weight.slab, weight.shape, dtype, (), update)
@@ -203,20 +233,17 @@ class QuantizerScales:
             band = self.reader.read(work, rectangles, rows)
             if update is not None:
                 merge_rows(work, band, rows, lambda tensor, at: self.reader.tensor(tensor, at))
-            yield to_float32(band, dtype)
+            yield self.smoothed(module, to_float32(band, dtype), (0, weight.shape[-1]), dtype)
 
 
 def _only(values: Float32, what: object) -> np.float32:
     if values.size != 1:
         raise ExportError(f"{what}: an amax of {values.size} numbers where one is expected")
-    result: np.float32 = values.reshape(-1)[0]
-    return result
+    return single(values.reshape(-1)[0])
 
 
 def not_used(scales: QuantizerScales, used: Iterable[SourceTensor | None]) -> dict[str, list[str]]:
     """Why quantisers' tensors are left out -> their names; those that should have been used under an empty reason."""
-    from dist_export.checkpoint.quantizer_names import quantizer_tensor
-
     taken = {each.slab.name for each in used if each is not None}
     left: dict[str, list[str]] = {}
     quantization = scales.quantization
@@ -232,12 +259,19 @@ def not_used(scales: QuantizerScales, used: Iterable[SourceTensor | None]) -> di
             reason = "of a KV cache that is exported without them"
         elif not any(_same(tensor.module, module) for module in quantization.schemes):
             reason = "of linears that are not exported quantised"
+        elif tensor.quantity is Quantity.AMAX and _is_of_codes(scales, tensor):
+            reason = "of weights that are stored as codes, with scales of their own"
         elif tensor.quantizer is Quantizer.INPUT and tensor.quantity is Quantity.AMAX:
             reason = "of activations whose scale comes from elsewhere, or is found when serving"
         else:
             reason = ""
         left.setdefault(reason, []).append(name)
     return left
+
+
+def _is_of_codes(scales: QuantizerScales, tensor: QuantizerTensor) -> bool:
+    of_weight, modules = tensor.quantizer is Quantizer.WEIGHT, scales.quantization.schemes
+    return of_weight and any(_same(tensor.module, other) and scales.is_compressed(other) for other in modules)
 
 
 def _same(module: ModuleName, other: ModuleName) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
 from dist_export.plan.export import validate
-from dist_export.plan.work import OutputTensor, flat_rectangle
+from dist_export.plan.work import OutputTensor, Use, flat_rectangle, flat_shape
 from dist_export.tensors.boxes import Box, partition_faults
 from dist_export.tensors.views import Slab
 from dist_export.verify.compare import Comparer, Difference, choose_converter
@@ -22,6 +22,10 @@ from dist_export.verify.diagnose import Suspect, explain
 from dist_export.verify.findings import COVERAGE, REBUILD, Finding
 from dist_export.verify.inverse import PADDING, InverseRules, RebuiltSource, SourceOrigin
 from dist_export.verify.output import OutputReader, Region, TensorId
+from dist_export.verify.quantized import QuantisedOutput
+from dist_export.verify.quantized_mistakes import explain_codes, one_flipped_bit
+from dist_export.verify.quantized_scales import ScaleComparison
+from dist_export.verify.source_reader import SourceReader
 
 ZEROS = Slab("")
 """Stands for the source of elements that must be zero."""
@@ -76,7 +80,9 @@ def check_coverage(inverse: InverseRules, recorded: Mapping[str, int]) -> Covera
 
 def _target_faults(inverse: InverseRules, boxes: Mapping[TensorId, set[Box]]) -> Iterator[Finding]:
     for key, output in inverse.output.tensors.items():
-        flat = (int(output.planned.num_bytes // output.planned.dtype.itemsize // max(output.width, 1)), output.width)
+        if output.planned.is_small or (key not in boxes and output.planned.recipe is not None):
+            continue  # scales: `dist_export.verify.quantized_coverage`
+        flat = flat_shape(output.planned.view.shape)
         zeros = [
             Box((r.rows[0], r.columns[0]), (r.rows[1] - r.rows[0], r.columns[1] - r.columns[0]))
             for r in zero_regions(output)
@@ -88,11 +94,22 @@ def _target_faults(inverse: InverseRules, boxes: Mapping[TensorId, set[Box]]) ->
 def zero_regions(output: OutputTensor) -> list[Region]:
     """Where the plan writes zeros: padding of the vocabulary, biases that the checkpoint lacks."""
     regions = []
+    if output.planned.recipe is not None:
+        return []
     for piece in output.planned.view.pieces:
         if piece.slab is None and piece.box.num_elements:
             top, bottom, left, right = flat_rectangle(piece.box, output.planned.view.shape)
             regions.append(Region((top, bottom), (left, right)))
     return regions
+
+
+def rebuilt_sources(inverse: InverseRules) -> Iterator[RebuiltSource]:
+    """Every source that comes back; the coverage level names the others."""
+    for origin in inverse.origins():
+        try:
+            yield inverse.rebuild(origin)
+        except ExportError:
+            continue
 
 
 def share_sources(inverse: InverseRules, rank: int, world_size: int) -> list[SourceOrigin]:
@@ -121,6 +138,8 @@ class RankComparison:
     differences: list[Difference] = field(default_factory=list)
     num_bytes: int = 0
     """Output bytes compared."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong with scales."""
 
     def encode(self) -> bytes:
         """As bytes for another rank."""
@@ -130,7 +149,8 @@ class RankComparison:
     def decode(data: bytes) -> RankComparison:
         """What `encode` made."""
         values = json.loads(data)
-        return RankComparison([_difference(each) for each in values["differences"]], values["num_bytes"])
+        findings = [Finding(**each) for each in values["findings"]]
+        return RankComparison([_difference(each) for each in values["differences"]], values["num_bytes"], findings)
 
 
 def _difference(values: dict[str, Any]) -> Difference:
@@ -149,6 +169,7 @@ class Rebuild:
     readable: frozenset[int]
     """Output files that are what the plan says; the others are left out of the comparison."""
     device: str = "cpu"
+    quantised: QuantisedOutput | None = None
 
     def work(self, rank: int, world_size: int) -> list[RebuiltSource]:
         """One rank's sources. Parts in files that cannot be read, and sources that do not come back, are left out."""
@@ -158,17 +179,26 @@ class Rebuild:
                 source = self.inverse.rebuild(origin)
             except ExportError:
                 continue  # the coverage level names it
-            uses = tuple(use for use in source.work.uses if use.output.file in self.readable)
+            if self.quantised is not None:
+                source = self.quantised.extended(source)
+            uses = tuple(use for use in source.work.uses if use.output.file in self.readable and self._is_known(use))
             rebuilt.append(RebuiltSource(origin, replace(source.work, uses=uses), source.left_out))
         return rebuilt
+
+    def _is_known(self, use: Use) -> bool:
+        """Whether what the use fills can be made again; what cannot be is named by `check_scales`."""
+        quantised, key = self.quantised, (use.output.file, use.output.index)
+        return use.output.planned.recipe is None or (quantised is not None and quantised.knows(key))
 
     def compare(
         self, work: Sequence[RebuiltSource], zeros: Iterable[TensorId], *, progress: Callable[[int, int], None]
     ) -> RankComparison:
         """Compare one rank's sources, and the regions of `zeros` that must be zero."""
         uses = [use for source in work for use in source.work.uses]
-        converter = choose_converter(uses, device=self.device)
-        comparer = Comparer(self.sources, self.reader, converter=converter, progress=progress)
+        converter = choose_converter((use for use in uses if use.output.planned.recipe is None), device=self.device)
+        comparer = Comparer(
+            self.sources, self.reader, converter=converter, recomputer=self.quantised, progress=progress
+        )
         differences = comparer.run([source.work for source in work])
         total = comparer.num_bytes_compared
         for key in zeros:
@@ -201,10 +231,19 @@ class Rebuild:
                 found = found.merged(here) if found else here
         return found, count
 
+    def compare_scales(self, rank: int, world_size: int) -> tuple[list[Finding], int]:
+        """One rank's scales: (what is wrong, bytes compared)."""
+        if self.quantised is None:
+            return [], 0
+        comparison = ScaleComparison(self.quantised, self.reader)
+        return comparison.compare(comparison.keys(self.readable, rank, world_size))
+
     def findings(self, comparisons: Iterable[RankComparison]) -> list[Finding]:
         """One finding per target tensor that differs, saying where and what is wrong. Called on one rank."""
         by_tensor: dict[TensorId, list[Difference]] = defaultdict(list)
+        scales: list[Finding] = []
         for comparison in comparisons:
+            scales += comparison.findings
             for difference in comparison.differences:
                 by_tensor[difference.tensor].append(difference)
         origins = {origin.tensor.slab: origin for origin in self.inverse.origins()} if by_tensor else {}
@@ -212,18 +251,26 @@ class Rebuild:
         for number, (key, differences) in enumerate(sorted(by_tensor.items())):
             mistake = self._mistake(key, differences, origins) if number < MOST_EXPLAINED else ""
             findings.append(Finding(REBUILD, self.inverse.output.where(key), self._text(differences, origins, mistake)))
-        return findings
+        return findings + sorted(scales, key=lambda each: each.where)
 
     def _mistake(
         self, key: TensorId, differences: Sequence[Difference], origins: Mapping[Slab, SourceOrigin]
     ) -> str:
         output = self.inverse.output.tensors[key]
+        if output.planned.recipe is not None:
+            return self._quantised_mistake(differences)
         made_by = self.inverse.rule_of(output)
         if made_by is None:
             return ""
         experts = {origins[each.slab].place.expert for each in differences if each.slab in origins}
         suspect = Suspect(self.inverse, output, *made_by, tuple(differences), tuple(sorted(experts)))
         return explain(suspect, self.sources, self.reader)
+
+    def _quantised_mistake(self, differences: Sequence[Difference]) -> str:
+        assert self.quantised is not None, "only known recipes are compared"
+        flipped = one_flipped_bit(differences)
+        first = min(differences, key=lambda each: each.target)
+        return flipped or explain_codes(self.quantised, first, self.reader, SourceReader(self.sources))
 
     def _text(self, differences: Sequence[Difference], origins: Mapping[Slab, SourceOrigin], mistake: str) -> str:
         first = min(differences, key=lambda each: (each.slab == ZEROS, each.target))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dist_export.api import OpenedModel, Source, TargetOptions, open_model, plan
 from dist_export.checkpoint.open import TRACKER
@@ -28,7 +30,11 @@ from dist_export.verify.files import MANIFEST, FolderCheck, check_folder, read_m
 from dist_export.verify.findings import CHECKSUMS, COVERAGE, LEVELS, PLAN, REBUILD, Finding, VerifyReport
 from dist_export.verify.inverse import InverseRules
 from dist_export.verify.output import OutputReader, PlannedOutput
-from dist_export.verify.rebuild import RankComparison, Rebuild, check_coverage
+from dist_export.verify.quantized import QuantisedOutput
+from dist_export.verify.quantized_scales import check_scales
+from dist_export.verify.quantizer_scales import QuantizerScales
+from dist_export.verify.rebuild import RankComparison, Rebuild, check_coverage, rebuilt_sources
+from dist_export.verify.source_reader import SourceReader
 
 FROM_MANIFEST = "export manifest"
 
@@ -173,16 +179,16 @@ class Verification:
         output = PlannedOutput(self.plan)
         readable = self._check_folder()
         names = {number: name for number, name in output.file_names.items() if number in readable}
-        with OutputReader(self.folder, names) as reader:
+        with closing(SourceFiles(self.model.checkpoint.index)) as sources, OutputReader(self.folder, names) as reader:
             if CHECKSUMS in self.options.levels:
                 with self._phase(CHECKSUMS):
                     self._checksums(output, reader, sorted(readable))
             if COVERAGE in self.options.levels and self.group.rank == 0:
                 with self._phase(COVERAGE):
-                    self._coverage(output)
+                    self._coverage(output, sources)
             if REBUILD in self.options.levels:
                 with self._phase(REBUILD):
-                    self._rebuild(output, reader, readable)
+                    self._rebuild(output, reader, readable, sources)
         return self._report(output)
 
     def _step(self, name: str) -> str:
@@ -233,28 +239,51 @@ class Verification:
         self.faults += [*faults, *checksums.sha256_findings(self.sha256, self.manifest["files"])]
         self.warnings += warnings
 
-    def _coverage(self, output: PlannedOutput) -> None:
+    def _coverage(self, output: PlannedOutput, sources: SourceFiles) -> None:
+        if (quantised := self._quantised(output, sources)) is not None:
+            faults, notes = check_scales(quantised)
+            self.faults += faults
+            self.warnings += notes
         recorded = self.manifest["source"].get("elements_left_out")
         coverage = check_coverage(InverseRules(output), recorded if isinstance(recorded, dict) else {})
         self.faults += coverage.faults
         self.left_out = coverage.left_out
 
-    def _rebuild(self, output: PlannedOutput, reader: OutputReader, readable: frozenset[int]) -> None:
-        group = self.group
-        sources = SourceFiles(self.model.checkpoint.index)
-        rebuild = Rebuild(InverseRules(output), sources, reader, readable, self.options.device)
-        try:
-            work = rebuild.work(group.rank, group.world_size)
-            zeros = rebuild.zeros(group.rank, group.world_size)
-            group.progress.add(total=sum(source.num_bytes for source in work))
-            mine = rebuild.compare(work, zeros, progress=self._progress)
-            gathered = group.gather(self._step("differences"), mine.encode())
-            if gathered is not None:
-                comparisons = [RankComparison.decode(data) for data in gathered]
-                self.num_bytes_compared = sum(each.num_bytes for each in comparisons)
-                self.faults += rebuild.findings(comparisons)
-        finally:
-            sources.close()
+    def _quantised(self, output: PlannedOutput, sources: SourceFiles) -> QuantisedOutput | None:
+        """The quantised tensors of the plan; None when it has none."""
+        quantization, inverse = self.plan.quantization, InverseRules(output)
+        if quantization is None:
+            return None
+        scales = QuantizerScales(quantization, self.model.checkpoint.index, SourceReader(sources))
+        return QuantisedOutput(output, scales, rebuilt_sources(inverse))
+
+    def _measure(self, scales: QuantizerScales) -> None:
+        """Amax of weights that no quantiser stores, each measured by one rank."""
+        modules, group = scales.to_measure(), self.group
+        values = np.zeros(len(modules), np.float32)
+        mine = range(group.rank, len(modules), group.world_size)
+        values[list(mine)] = scales.measure([modules[number] for number in mine])
+        found = group.all_reduce_max(values, step=self._step("amax")) if modules else values
+        scales.measured.update(zip(modules, found, strict=True))
+
+    def _rebuild(
+        self, output: PlannedOutput, reader: OutputReader, readable: frozenset[int], sources: SourceFiles
+    ) -> None:
+        group, quantised = self.group, self._quantised(output, sources)
+        if quantised is not None:
+            self._measure(quantised.scales)
+        rebuild = Rebuild(InverseRules(output), sources, reader, readable, self.options.device, quantised)
+        work = rebuild.work(group.rank, group.world_size)
+        zeros = rebuild.zeros(group.rank, group.world_size)
+        group.progress.add(total=sum(source.num_bytes for source in work))
+        mine = rebuild.compare(work, zeros, progress=self._progress)
+        mine.findings, num_bytes = rebuild.compare_scales(group.rank, group.world_size)
+        mine.num_bytes += num_bytes
+        gathered = group.gather(self._step("differences"), mine.encode())
+        if gathered is not None:
+            comparisons = [RankComparison.decode(data) for data in gathered]
+            self.num_bytes_compared = sum(each.num_bytes for each in comparisons)
+            self.faults += rebuild.findings(comparisons)
 
     def _report(self, output: PlannedOutput) -> VerifyReport:
         """Rank 0's report, on every rank."""

@@ -56,3 +56,10 @@ class Trace:
         self.states[point] = state.detach()
         if source:
             self.sources[point] = source
+
+
+class Unrecorded(Trace):
+    """A run of which only the logits are kept."""
+
+    def record(self, point: Point, state: torch.Tensor, source: str = "") -> None:
+        """Nothing."""

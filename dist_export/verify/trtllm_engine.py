@@ -1,7 +1,7 @@
 """What a TensorRT-LLM engine would load: config.json as its model class reads it, and the rank files checked for it.
 
-Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,gemma,falcon}/ and mapping.py alone, without the rule
-tables and layouts of the exporter, so that a mistake there is not repeated here.
+Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,qwen,gemma,falcon} and mapping.py alone, without the
+rule tables and layouts of the exporter, so that a mistake there is not repeated here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_export.errors import ExportError, Faults
+from dist_export.verify import trtllm_blocks as blocks
 from dist_export.verify.trtllm_experts import ROUTER, SHARED_EXPERT_IN_MLP, Experts
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ class EngineConfig:
     def _conditions(self) -> Iterator[tuple[bool, str]]:
         raw, mapping = self.raw, self.raw["mapping"]
         act, positions = raw.get("hidden_act", "gelu"), self.position_type
-        known_classes = GPT_CLASS + LLAMA_CLASS + QWEN_CLASS + GEMMA_CLASS + FALCON_CLASS
+        known_classes = GPT_CLASS + LLAMA_CLASS + QWEN_CLASS + GEMMA_CLASS + FALCON_CLASS + blocks.DECI_CLASS
         yield raw["architecture"] in known_classes, f"architecture {raw['architecture']}"
+        if self.is_deci:
+            yield from blocks.conditions(raw)
         yield mapping.get("cp_size", 1) == 1, "cp_size other than 1"
         yield mapping["world_size"] == self.tp_size * self.pp_size, "world_size that is not tp_size x pp_size"
         for key, value in (raw.get("quantization") or {}).items():
@@ -82,6 +85,14 @@ class EngineConfig:
     @property
     def is_gpt(self) -> bool:
         return self.raw["architecture"] in GPT_CLASS
+
+    @property
+    def is_deci(self) -> bool:
+        return self.raw["architecture"] in blocks.DECI_CLASS
+
+    def of_layer(self, layer: int) -> EngineConfig:
+        """The configuration of one layer; itself where layers do not differ."""
+        return EngineConfig(blocks.of_layer(self.raw, layer)) if self.is_deci else self
 
     @property
     def is_qwen(self) -> bool:
@@ -266,7 +277,6 @@ class EngineConfig:
 
     def shapes(self, stage: int, *, shared_in_mlp: bool = True) -> dict[str, Shape]:
         """Name -> shape of every tensor of a rank of a pipeline stage; tp ranks are alike."""
-        layer_shapes = self._layer_shapes(shared_in_mlp)
         hidden, tp = self.hidden_size, self.tp_size
         shapes: dict[str, Shape] = {}
         if stage == 0:
@@ -274,8 +284,9 @@ class EngineConfig:
             if self.learned_positions:
                 positions = int(self.raw["max_position_embeddings"])
                 shapes["transformer.position_embedding.weight"] = self._table(positions)
-        for layer in range(len(self.stage_layers()[stage])):
-            shapes |= {f"transformer.layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
+        for local, layer in enumerate(self.stage_layers()[stage]):
+            layer_shapes = self.of_layer(layer)._layer_shapes(shared_in_mlp)
+            shapes |= {f"transformer.layers.{local}.{name}": shape for name, shape in layer_shapes.items()}
         if stage == self.pp_size - 1:
             shapes |= self._norm_shapes("transformer.ln_f")
             shapes["lm_head.weight"] = (math.ceil(self.vocab_size / tp), hidden)
@@ -310,7 +321,7 @@ class EngineConfig:
             shapes[f"{name}.weight"] = shape
             if biased.get(name, self.mlp_bias):
                 shapes[f"{name}.bias"] = shape[:1]
-        return shapes
+        return blocks.shapes(self.raw, shapes, hidden=hidden, tp_size=self.tp_size) if self.is_deci else shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,16 +361,22 @@ class RankFile:
                 yield f"{file}: {name} is {found[1]} {list(found[0])}, expected {wanted}"
 
 
-def open_ranks(folder: Path) -> tuple[EngineConfig, list[RankFile]]:
+def open_ranks(folder: Path, *, decoded: bool = False) -> tuple[EngineConfig, list[RankFile]]:
     """config.json and the files of all ranks, tp fastest (mapping.py); every tensor's name, shape and dtype is checked.
+
+    With `decoded` quantised weights look like plain ones.
 
     Raises one `ExportError` with every fault.
     """
-    config = read_config(folder)
+    config = read_config(folder, decoded=decoded)
     faults = Faults(f"{folder}: not what TensorRT-LLM would load by this config.json")
     ranks = []
     for rank in range(config.tp_size * config.pp_size):
         file = _open(folder / f"rank{rank}.safetensors", faults)
+        if file is not None and decoded:
+            from dist_export.verify.decoding import DecodedFile
+
+            file = RankFile(file.path, DecodedFile(file.handle, _SAFETENSORS_DTYPES[str(config.raw["dtype"])]))
         if file is not None:
             shapes = config.shapes(rank // config.tp_size, shared_in_mlp=file.shared_in_mlp)
             faults.extend(file.faults(shapes, str(config.raw["dtype"])))
@@ -368,7 +385,7 @@ def open_ranks(folder: Path) -> tuple[EngineConfig, list[RankFile]]:
     return config, ranks
 
 
-def read_config(folder: Path) -> EngineConfig:
+def read_config(folder: Path, *, decoded: bool = False) -> EngineConfig:
     """config.json of a TensorRT-LLM checkpoint; `ExportError` when it is none or asks for what is not interpreted."""
     path = folder / "config.json"
     try:
@@ -377,6 +394,8 @@ def read_config(folder: Path) -> EngineConfig:
         raise ExportError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("mapping"), dict):
         raise ExportError(f"{path}: has no mapping; it is not of a TensorRT-LLM checkpoint")
+    if decoded:
+        raw.pop("quantization", None)
     try:
         return EngineConfig(raw)
     except KeyError as error:

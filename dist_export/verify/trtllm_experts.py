@@ -1,6 +1,7 @@
 """The experts of a TensorRT-LLM checkpoint: what config.json says of them, and their tensors' shapes.
 
-Written from tensorrt_llm/layers/moe.py, models/{llama,qwen}/model.py and mapping.py alone, without the exporter's rules.
+Written from tensorrt_llm/layers/moe.py, models/{llama,qwen}/model.py and mapping.py alone, without the exporter's
+rules.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A reference interpreter of TensorRT-LLM checkpoints in plain torch: what the engine would compute, without TensorRT.
 
-It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,qwen,gemma,falcon}, layers/attention.py,
-mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel rank's share is computed from
-that rank's file only and combined as the engine's all-reduce and all-gather would; pipeline stages run one after the
-other with their own layer numbers. Only one layer's weights are in memory at a time.
+It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,qwen,gemma,falcon},
+layers/attention.py, mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel rank's
+share is computed from that rank's file only and combined as the engine's all-reduce and all-gather would; pipeline
+stages run one after the other with their own layer numbers. Only one layer's weights are in memory at a time.
 
 Importing this module imports torch.
 """
@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from dist_export.verify import trace as at
 from dist_export.verify import trtllm_expert_layer as expert_layer
-from dist_export.verify.trace import Point, Trace
+from dist_export.verify.trace import Point, Trace, Unrecorded
+from dist_export.verify.trtllm_blocks import kinds
 from dist_export.verify.trtllm_engine import QK_NORM_EPSILON, EngineConfig, RankFile, open_ranks
 from dist_export.verify.trtllm_experts import Experts
 
@@ -53,6 +54,28 @@ def run_trtllm(folder: Path, tokens: torch.Tensor, *, dtype: torch.dtype = torch
     config, ranks = open_ranks(folder)
     with torch.inference_mode():
         return _Run(config, ranks, dtype).run(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TrtllmModel:
+    """A TensorRT-LLM checkpoint to be run many times; quantised weights are decoded, activations are not rounded."""
+
+    config: EngineConfig
+    ranks: Sequence[RankFile]
+
+    @classmethod
+    def open(cls, folder: Path) -> TrtllmModel:
+        """Raises `ExportError` as `run_trtllm` does."""
+        return cls(*open_ranks(folder, decoded=True))
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, position, vocabulary] in float32 of token ids [batch, position]."""
+        run = _Run(self.config, self.ranks, torch.float32)
+        run.trace = Unrecorded()
+        with torch.inference_mode():
+            logits = run.run(tokens).logits
+        assert logits is not None, "the run has finished"
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +173,12 @@ class _Layer:
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)); Falcon's adds both to the same x."""
 
     def __init__(self, run: _Run, stage: _Stage, local: int, layer: int, rotary: Rotary | None) -> None:
-        self.parent, self.config, self.files, self.rotary = run, run.config, stage.files, rotary
+        self.parent, self.config, self.files, self.rotary = run, run.config.of_layer(layer), stage.files, rotary
         self.stage, self.layer, self.prefix = stage, layer, f"transformer.layers.{local}."
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
+        if self.config.is_deci:
+            return self._run_block(x)
         normed = self._norm("input_layernorm", at.ATTENTION_NORM, x)
         if self.config.parallel_attention:
             mlp_input = self._norm("mlp_layernorm", at.MLP_NORM, x) if self.config.two_norms else normed
@@ -164,6 +189,21 @@ class _Layer:
             x = x + self._mlp(self._norm(before_mlp, at.MLP_NORM, x))
         self._record(at.LAYER_OUTPUT, x, "")
         return x
+
+    def _run_block(self, x: torch.Tensor) -> torch.Tensor:
+        """nemotron_nas/model.py: attention and MLP, or a column-parallel linear layer or nothing in their place."""
+        attention, ffn = kinds(self.config.raw)
+        if attention != "no_op":
+            normed = self._norm("input_layernorm", at.ATTENTION_NORM, x)
+            x = x + (self._gathered("attention", normed) if attention == "linear" else self._attention(normed))
+        if ffn != "no_op":
+            normed = self._norm("post_layernorm", at.MLP_NORM, x)
+            x = x + (self._gathered("ffn", normed) if ffn == "linear" else self._mlp(normed))
+        self._record(at.LAYER_OUTPUT, x, "")
+        return x
+
+    def _gathered(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.parent.linear(file, self.prefix + name, x) for file in self.files], -1)
 
     def _returned(self, norm: str, out: torch.Tensor) -> torch.Tensor:
         """What attention or MLP adds to the residual."""
@@ -224,16 +264,16 @@ class _Layer:
         """mlp.py: ``fc`` is activated; a gated MLP multiplies that with ``gate``."""
         if self.config.experts is not None:
             return self._experts(self.config.experts, x)
-        bias, gated = self.config.mlp_bias, self.config.gated
-        fc = [self.parent.linear(file, self.prefix + "mlp.fc", x, bias=bias) for file in self.files]
+        bias, gated, mlp = self.config.mlp_bias, self.config.gated, "ffn" if self.config.is_deci else "mlp"
+        fc = [self.parent.linear(file, f"{self.prefix}{mlp}.fc", x, bias=bias) for file in self.files]
         self._record(at.GATE if gated else at.UP, torch.cat(fc, -1), "mlp.fc")
         inner = [ACTIVATIONS[self.config.activation](part) for part in fc]
         if gated:
-            gate = [self.parent.linear(file, self.prefix + "mlp.gate", x, bias=bias) for file in self.files]
+            gate = [self.parent.linear(file, f"{self.prefix}{mlp}.gate", x, bias=bias) for file in self.files]
             self._record(at.UP, torch.cat(gate, -1), "mlp.gate")
             inner = [a * b for a, b in zip(inner, gate, strict=True)]
         self._record(at.ACTIVATION, torch.cat(inner, -1), "mlp.fc and mlp.gate" if gated else "mlp.fc")
-        out = self.parent.row_linear(self.files, self.prefix + "mlp.proj", inner, bias)
+        out = self.parent.row_linear(self.files, f"{self.prefix}{mlp}.proj", inner, bias)
         out = self._returned("post_feedforward_layernorm", out)
         self._record(at.MLP_OUTPUT, out, "mlp.proj")
         return out

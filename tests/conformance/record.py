@@ -22,8 +22,15 @@ weights went through its GPT converter under Starcoder2's names, with the one ad
 releases do. `config.json` then got `bias`, `hidden_act` and `architecture` of such a model; TensorRT-LLM loads it.
 Neither does it know Qwen3: for qwen3.json and qwen3_moe.json the same weights went through its QWen converter under
 Qwen2's names, with zero biases (and a zero shared expert) that were dropped again, the weights of the q/k norms added
-and `config.json` made that of a later release. That release cannot load tied models (llama_3_2, qwen2 and qwen3): it was
-given the embedding as `lm_head.weight` too.
+and `config.json` made that of a later release. It cannot convert folders of tied models (llama_3_2, qwen2 and qwen3):
+it was given the embedding as `lm_head.weight` too. Its path for a model in memory fails on biases of repeated key/value
+heads: `dup_kv_weight` was called with them as columns.
+
+The checkpoints of StarCoder, StarCoder2, Gemma, Gemma 2 and Falcon are those of tests/support/family_models.py, put
+under transformers' names as NeMo's and Megatron-Bridge's mappings have them; all ran through the converter's path for a
+model in memory. It takes Gemma from a folder, whose `hidden_act` was made "gelu" as published Gemmas have it, leaves out
+its head, which is the embedding there, and can neither divide a vocabulary that tp does not divide nor repeat two
+key/value heads for four ranks: gemma.json has one, gemma2.json four.
 """
 
 from __future__ import annotations

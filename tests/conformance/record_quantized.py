@@ -10,11 +10,11 @@ a checkpoint in checkpoints/llama_quantized.tar.xz (a Megatron-Core 0.16 model q
 
 Two things are not taken as ModelOpt has them:
 
-- FP8 codes for Hugging Face. ModelOpt divides by the scale in bf16 there and in float32 for TensorRT-LLM, so a few per
-  cent of the codes differ by a step. Expected is the float32 quotient for both: the rows of the TensorRT-LLM tensors of
-  tp 1 whose scale is the same.
-- The vocabulary with INT4. ModelOpt pads it to a multiple of 64 x tp, which TensorRT-LLM does not need: expected are the
-  true rows, divided among the ranks.
+- FP8 codes for Hugging Face. ModelOpt divides by the scale in bf16 there and in float32 for TensorRT-LLM, so a few
+  per cent of the codes differ by a step. Expected is the float32 quotient for both: the rows of the TensorRT-LLM
+  tensors of tp 1 whose scale is the same.
+- The vocabulary with INT4. ModelOpt pads it to a multiple of 64 x tp, which TensorRT-LLM does not need: expected are
+  the true rows, divided among the ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Quantised exports equal, byte for byte, what ModelOpt's own writers make of the same weights, amax and factors.
 
-The expected tensors are hashes (record_quantized.py, which names two exceptions). The same model saved by other training
-layouts, exported by other numbers of processes, in little memory or in two attempts must give the same bytes.
+The expected tensors are hashes (record_quantized.py, which names two exceptions). The same model saved by other
+training layouts, exported by other numbers of processes, in little memory or in two attempts must give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.exports import config_of, export, fingerprints, tensors_of
+from support.exports import config_of, export, fingerprints, run_command, tensors_of
 from support.faulty_runs import run, weights
 from support.quantized import SCHEMES, export_here, reshard
 
@@ -42,7 +42,8 @@ def test_tensorrt_llm(scheme: str, layout: str, quantized_checkpoints: Checkpoin
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if "huggingface" in EXPECTED[scheme]])
 def test_hugging_face(scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:
     expected = EXPECTED[scheme]["huggingface"]
-    output = export_here(quantized_checkpoints[scheme], tmp_path / "out", HuggingFaceOptions())
+    options = HuggingFaceOptions(quantization_format="modelopt")
+    output = export_here(quantized_checkpoints[scheme], tmp_path / "out", options)
     assert fingerprints(output / "model.safetensors") == expected["tensors"]
     assert config_of(output)["quantization_config"] == expected["quantization_config"]
     assert json.loads((output / "hf_quant_config.json").read_text()) == expected["hf_quant_config"]
@@ -59,7 +60,10 @@ def test_the_layout_of_training_does_not_matter(
     check_ranks(output, EXPECTED[scheme]["layouts"]["tp2pp1"])
 
 
-@pytest.mark.parametrize("scheme, num_processes, memory", [("int4_awq", 3, "256k"), ("nvfp4", 4, "1g"), ("fp8", 2, "64k")])
+RUNS = [("int4_awq", 3, "256k"), ("nvfp4", 4, "1g"), ("fp8", 2, "64k")]
+
+
+@pytest.mark.parametrize("scheme, num_processes, memory", RUNS)
 def test_processes_and_memory_do_not_change_a_byte(
     scheme: str, num_processes: int, memory: str, quantized_checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -77,6 +81,23 @@ def test_pipeline_stages_divide_the_layers(scheme: str, quantized_checkpoints: C
         for name, tensor in fingerprints(output / f"rank{stage}.safetensors").items():
             found[name.replace(".layers.0.", f".layers.{stage}.")] = tensor
     assert found == whole
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4"])
+def test_amax_of_weights_that_is_not_stored_is_measured(
+    scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Calibration takes it from the very same weights. `verify` measures once more, in two processes."""
+
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_quantizer._amax")]:
+            del tensors[name]
+
+    checkpoint = reshard(quantized_checkpoints[scheme], tmp_path / "checkpoint", tp=2, edit=strip)
+    output = export(checkpoint, tmp_path / "out", "--tp", 2, "--num-processes", 3)
+    check_ranks(output, EXPECTED[scheme]["layouts"]["tp2pp1"])
+    report = run_command("verify", checkpoint, output, "--num-processes", 2)
+    assert report.returncode == 0, report.stdout + report.stderr
 
 
 COLUMNS = {"attention.dense": 4, "mlp.proj": 4}

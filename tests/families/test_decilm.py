@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dist_export.errors import ExportError
-from dist_export.models.blocks import Block, Blocks, blocks_from_json, ffn_size_of
 from support.exports import config_of, export, run_command
 from support.torch_dist import change_args
+
+from dist_export.errors import ExportError
+from dist_export.models.blocks import Block, Blocks, blocks_from_json, ffn_size_of
 
 CHECKPOINT = Path(__file__).parents[1] / "conformance" / "checkpoints" / "decilm_core_0_16"
 DEFAULT = Block("full", 2, "full", 128)

@@ -28,7 +28,8 @@ def checkpoint(tmp_path):
 def test_engines_are_refused_before_anything_is_written(name, tmp_path):
     process = run_command("export", CHECKPOINTS / name, tmp_path / "out")
     assert process.returncode == 2
-    assert "has no engine model in TensorRT-LLM; export it with --target hf" in process.stderr
+    assert "the class stores products of the projections (attention.fused_q_proj)" in process.stderr
+    assert "export it with --target hf" in process.stderr
     assert not (tmp_path / "out").exists()
 
 

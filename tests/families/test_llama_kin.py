@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from support.exports import config_of, export, run_command, tensors_of
+from support.megatron_checkpoints import reference_weights
 from support.small_models import model_config
-from support.torch_dist import change_args
+from support.torch_dist import change_args, write_torch_dist
 
 from dist_export.errors import ExportError
 from dist_export.families.qwen2_moe import shared_divides
@@ -165,6 +166,42 @@ def test_an_export_computes_the_checkpoints_model(family, options, tmp_path):
     assert report.agrees, str(report)
     assert report.difference.relative_difference < MEASURED
     assert max(state.relative for state in report.states) < MEASURED
+
+
+def test_transformers_counts_the_window_as_megatron_does(tmp_path):
+    """Sequences longer than the window: a token too many or too few would show."""
+    pytest.importorskip("megatron.core")
+    pytest.importorskip("transformers")
+    from dist_export.verify.logits import verify_logits
+
+    checkpoint = checkpoint_of("mistral")
+    output = export(checkpoint, tmp_path / "out", "--target", "hf")
+    assert config_of(output)["sliding_window"] == 16
+    report = verify_logits(checkpoint, output, tokens=[list(range(32))])
+    assert report.difference.num_tokens == 32
+    assert report.difference.relative_difference < MEASURED
+
+
+@pytest.mark.parametrize("options", [("--tp", 2), ("--target", "hf")], ids=["trtllm", "hf"])
+def test_a_float32_router_is_rounded_for_one_consumer_only(options, tmp_path):
+    pytest.importorskip("megatron.core")
+    pytest.importorskip("transformers")
+    import torch
+
+    from dist_export.verify.logits import verify_logits
+
+    source = checkpoint_of("qwen2_moe") / "iter_0000010"
+    weights = reference_weights(source)
+    for name, weight in weights.items():
+        if name.endswith("router.weight"):
+            weights[name] = weight.float() * (1 + torch.linspace(-1e-3, 1e-3, weight.shape[-1]))
+    args = vars(torch.load(source / "common.pt", weights_only=False)["args"])
+    checkpoint = write_torch_dist(tmp_path / "checkpoint", weights, args=args)
+    report = verify_logits(checkpoint, export(checkpoint, tmp_path / "out", *options))
+    assert report.agrees, str(report)
+    assert report.difference.relative_difference < MEASURED
+    assert report.from_training is not None
+    assert (report.from_training.relative_difference > 1e-4) == ("hf" in options)
 
 
 def swap_halves(tensors):

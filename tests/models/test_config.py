@@ -61,6 +61,10 @@ def test_valid_configurations_are_values() -> None:
             "rope_scaling is given but position_embedding is none",
         ),
         ({"window_size": 0}, "window_size is 0, must be positive"),
+        ({"window_layers": (1, 0, 1, 0)}, "window_layers is given but window_size is not"),
+        ({"window_size": 8, "window_layers": (1, 0)}, "window_layers has 2 entries for num_layers 4"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0.0, must be a positive number"),
+        ({"separate_mlp_norm": False}, "separate_mlp_norm is false but parallel_attention is not set"),
         ({"moe_layer_freq": (1, 1, 1, 1)}, "moe_layer_freq is given but num_experts is 0"),
         ({"num_experts": 4}, "moe_top_k 0 must lie in 1..num_experts 4"),
         (MOE | {"moe_top_k": 9}, "moe_top_k 9 must lie in 1..num_experts 8"),
@@ -93,7 +97,8 @@ def test_all_faults_come_in_one_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("yarn", 4.0), "kind 'yarn' is none of linear, llama3"),
+        (("dynamic", 4.0), "kind 'dynamic' is none of linear, llama3, yarn"),
+        (("yarn", 0.5), "yarn wants factor 0.5 to be at least 1"),
         (("linear", 0.0), "factor 0.0 is not a positive number"),
         (("llama3", 8.0, 4.0, 4.0), "low_freq_factor 4.0 must be positive and below high_freq_factor 4.0"),
         (("llama3", 8.0, 1.0, 4.0, 0), "original_max_position_embeddings 0 is not positive"),

@@ -20,7 +20,16 @@ from dist_export.models.layout_ops import (
     LayoutOp,
     TrimVocabulary,
 )
-from dist_export.models.shard_ops import COLUMN, HEADS, KEY_VALUE_HEADS, REPLICATE, ROW, SlicePadded, TensorParallel
+from dist_export.models.shard_ops import (
+    COLUMN,
+    HEADS,
+    KEY_VALUE_HEADS,
+    ON_FIRST_RANK,
+    REPLICATE,
+    ROW,
+    SlicePadded,
+    TensorParallel,
+)
 from dist_export.tensors.views import View, concatenate
 
 VOCABULARY = SlicePadded(lambda config: config.vocab_size)
@@ -118,6 +127,8 @@ def expected_shard(whole: np.ndarray, op: Any, tp: TensorParallel, groups: int) 
     """The shard by numpy."""
     if op is REPLICATE:
         return whole
+    if op is ON_FIRST_RANK:
+        return whole if tp.rank == 0 else np.zeros_like(whole)
     if op is ROW:
         return np.split(whole, tp.size, 1)[tp.rank]
     if op is KEY_VALUE_HEADS and groups < tp.size:
@@ -132,8 +143,8 @@ def expected_shard(whole: np.ndarray, op: Any, tp: TensorParallel, groups: int) 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("op", "rows"),
-    [(REPLICATE, 5), (COLUMN, 24), (ROW, 3), (HEADS, 32), (KEY_VALUE_HEADS, 8), (VOCABULARY, 13)],
-    ids=["replicate", "column", "row", "heads", "kv heads", "vocabulary"],
+    [(REPLICATE, 5), (ON_FIRST_RANK, 5), (COLUMN, 24), (ROW, 3), (HEADS, 32), (KEY_VALUE_HEADS, 8), (VOCABULARY, 13)],
+    ids=["replicate", "on first rank", "column", "row", "heads", "kv heads", "vocabulary"],
 )
 def test_shards_equal_numpy_and_restore(op: Any, rows: int, size: int) -> None:
     config = model_config(num_attention_heads=8, num_query_groups=2, vocab_size=13)

@@ -84,7 +84,7 @@ def test_embedding_sharding(embedding: tuple[bool, int], boxes: list[str]) -> No
 
 def test_a_bias_the_source_lacks_is_zeros() -> None:
     model = small_model({**LLAMA, "add_qkv_bias": True}, **TINY)
-    shard = plan_of(model, tp_size=2).shards()[1]
+    shard = plan_of(model, tp_size=2, family="llama").shards()[1]
     dense = next(t for t in shard.tensors if t.name == "transformer.layers.0.attention.dense.bias")
     assert pieces(dense) == [("None", "", "[0:4]")]
     qkv = next(t for t in shard.tensors if t.name == "transformer.layers.0.attention.qkv.bias")

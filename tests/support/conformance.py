@@ -25,3 +25,6 @@ CHECKPOINTS = {
     "falcon_7b_nemo1_core_0_16_tp2": "falcon_7b",
     "falcon_40b_nemo1_core_0_16_tp2": "falcon_40b",
 }
+
+WITHOUT_ENGINE = frozenset({"deepseek_v3", "moonlight", "deepseek_v2", "gpt_oss"})
+"""Models that no class of TensorRT-LLM is exported for."""

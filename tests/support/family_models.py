@@ -2,8 +2,8 @@
 
     python tests/support/family_models.py starcoder2 OUT [--tp 2]
 
-A megatron-core GPTModel is built from the family's arguments on tp ranks of this machine's CPU, filled with the portable
-weights of launch/portable_weights.py and saved as `torch_dist`, with the configuration that the family's trainer keeps
+A megatron-core GPTModel is built from the family's arguments on tp ranks of this machine's CPU, filled with the weights
+of launch/portable_weights.py and saved as `torch_dist`, with the configuration that the family's trainer keeps
 beside it. The checkpoints in tests/conformance/checkpoints were made so.
 """
 
@@ -14,16 +14,17 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "launch"), str(Path(__file__).parents[2])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent / "launch"), str(TESTS.parent), str(TESTS)]
 
 import megatron_on_cpu  # noqa: E402  first of all, because it hides the GPUs
-
 import portable_weights  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
+
+from support.small_models import model_config  # noqa: E402
 
 VOCAB = 122
 """True vocabulary size: not a multiple of 4, so that tables need padding rows at tp 4."""
@@ -108,8 +109,7 @@ def build(family: Family, *, tp: int, dtype: torch.dtype) -> Any:
 
     from dist_export.verify.megatron_modules import layer_spec
 
-    plain = {"qk_norm": False, "post_norms": False, "parallel_attention": False, "separate_mlp_norm": True}
-    described = SimpleNamespace(**{**plain, **family.beyond, "normalization": family.config["normalization"]})
+    described = model_config(normalization=family.config["normalization"], **family.beyond)
     fields = {name: value for name, value in family.config.items() if name not in ("gelu", "window_size")}
     config = TransformerConfig(
         **SIZES,
@@ -132,7 +132,7 @@ def build(family: Family, *, tp: int, dtype: torch.dtype) -> Any:
     )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(described),  # type: ignore[arg-type]
+        transformer_layer_spec=layer_spec(described),
         vocab_size=padded_vocab(family, tp),
         max_sequence_length=32,
         share_embeddings_and_output_weights=family.model["tied"],

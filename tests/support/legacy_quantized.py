@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from support.megatron_checkpoints import per_layer_weights
 from support.quantized import read
 

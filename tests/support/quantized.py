@@ -1,4 +1,4 @@
-"""The models that ModelOpt quantised (tests/conformance/llama_quantized.tar.xz), and the same saved by other layouts."""
+"""The models that ModelOpt quantised (tests/conformance/llama_quantized.tar.xz), and the same in other layouts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import io
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.torch_dist import Chunk, read_metadata, write_torch_dist
 
 from dist_export import api
 from dist_export.api import Source
+from dist_export.quantization import QuantizationOptions
 from dist_export.runtime.group import Group
 from dist_export.session import ExportSession, RunOptions
 from dist_export.targets.huggingface.target import HuggingFaceOptions
 from dist_export.targets.trtllm.target import TrtllmOptions
+from support.torch_dist import Chunk, read_metadata, write_torch_dist
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 SCHEMES = {"fp8": 2, "int8_sq": 1, "int4_awq": 2, "nvfp4": 2}
@@ -113,14 +115,18 @@ def _tensor_parallel_dim(name: str, tensor: torch.Tensor) -> int | None:
     return 1 if row_parallel else 0
 
 
-def export_here(checkpoint: Path, output: Path, *targets: TrtllmOptions | HuggingFaceOptions, **options: Any) -> Path:
+def export_here(
+    checkpoint: Path,
+    output: Path,
+    *targets: TrtllmOptions | HuggingFaceOptions,
+    quantization: QuantizationOptions | None = None,
+    **options: Any,
+) -> Path:
     """Export in this process, which has torch already."""
-    model = api.open_model(Source(checkpoint=checkpoint))
+    quantization = quantization or QuantizationOptions()
+    model = api.open_model(Source(checkpoint=checkpoint, quantization=quantization))
     job = api.plan_job(model, targets or (TrtllmOptions(),))
+    request = {"iteration": None, "family": None, "overrides": {}, "quantization": asdict(quantization)}
     with Group.single() as group:
-        ExportSession(model.checkpoint, job, RunOptions(output=output, **options), group, REQUEST).run()
+        ExportSession(model.checkpoint, job, RunOptions(output=output, **options), group, request).run()
     return output
-
-
-REQUEST = {"iteration": None, "family": None, "overrides": {}}
-"""As the manifest keeps it."""

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 tests/support/special_models.py deepseek_v3 FOLDER --tp 2
     python tests/support/special_models.py deepseek_v3 FOLDER --logits LOGITS.safetensors
 
-The weights depend on the names and the seed alone. With --logits nothing is saved but token ids and the fp32 logits that
-Megatron's own model computes from the weights rounded to bfloat16. The checkpoints in tests/conformance/checkpoints of
-these names were made with it.
+The weights depend on the names and the seed alone. With --logits nothing is saved but token ids and the fp32 logits
+that Megatron's own model computes from the weights rounded to bfloat16. The checkpoints of these names in
+tests/conformance/checkpoints were made with it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
-import megatron_on_cpu  # noqa: E402  first: it hides the GPUs
-import torch  # noqa: E402
-from portable_weights import fill_chunks  # noqa: E402
+import megatron_on_cpu
+import torch
+from portable_weights import fill_chunks
 
 VOCAB, PADDED, LENGTH = 120, 128, 64
 
@@ -205,11 +205,10 @@ def substitute_for_windows() -> None:
 def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
     """One rank's GPTModel with unset weights."""
     from megatron.core import parallel_state, transformer
+    from megatron.core.activations import quick_gelu
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
-
-    from megatron.core.activations import quick_gelu
 
     activation = quick_gelu if model.args.get("quick_geglu") else torch.nn.functional.silu
     fields = {
@@ -222,7 +221,9 @@ def build(model: Model, dtype: torch.dtype, layout: argparse.Namespace) -> Any:
         **model.config,
     }
     if model.kind == "heterogeneous":
-        from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig as Config
+        from megatron.core.transformer.heterogeneous.heterogeneous_config import (
+            HeterogeneousTransformerConfig as Config,
+        )
     else:
         Config = getattr(transformer, model.kind)  # noqa: N806  a class
     config = Config(

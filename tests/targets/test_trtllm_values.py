@@ -138,7 +138,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_every_rank_holds_exactly_what_the_class_expects(variant: str, tmp_path: Path) -> None:
     style, fields = VARIANTS[variant]
     model = small_model(style)
-    output = exported(model, tmp_path, "--vocab-size", 61)
+    output = exported(model, tmp_path, "--vocab-size", 61, "--family", variant.replace(",", " ").split()[0])
     for rank in range(TP * PP):
         written = tensors_of(output / f"rank{rank}.safetensors")
         wanted = expected_tensors(model, rank, vocab=61)

@@ -59,6 +59,20 @@ def test_an_export_computes_the_checkpoints_model(style: str, target: tuple[obje
         assert report.from_training.relative_difference < BF16
 
 
+@pytest.mark.parametrize(
+    ("name", "target"), [("deepseek_v3", HF), ("moonlight_tp2", HF), ("gpt_oss", HF), ("decilm", TP2PP2)]
+)
+def test_uncommon_layers_compute_the_checkpoints_model(name: str, target: tuple[object, ...], tmp_path: Path) -> None:
+    if target == HF:
+        pytest.importorskip("transformers")
+    model, *layout = name.rsplit("_", 1) if name.endswith("_tp2") else (name,)
+    folder = Path(__file__).parents[1] / "conformance" / "checkpoints" / "_".join((model, "core_0_16", *layout))
+    report = verify_logits(folder, export(folder, tmp_path / "out", *target))
+    assert report.agrees, str(report)
+    assert report.difference.relative_difference < MEASURED
+    assert report.difference.top1_agreement == 1
+
+
 VARIANTS = {
     "llama3-rope": (LLAMA, {}, {"rope_scaling": "llama3:8:1:4:32"}),
     "linear-rope": (LLAMA, {}, {"rope_scaling": "linear:4"}),

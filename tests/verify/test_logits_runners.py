@@ -109,12 +109,13 @@ def test_a_missing_and_a_cut_file(exported: Callable[[str], Path], tmp_path: Pat
 QUANTIZED = {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}
 CONFIG_FAULTS = {
     "llama": [
-        ({"architecture": "FalconForCausalLM"}, "architecture FalconForCausalLM"),
+        ({"architecture": "MambaForCausalLM"}, "architecture MambaForCausalLM"),
         ({"hidden_act": "swiglu"}, "hidden_act swiglu of LlamaForCausalLM"),
         ({"position_embedding_type": "rope_gptj"}, "position_embedding_type rope_gptj of LlamaForCausalLM"),
         ({"quantization": QUANTIZED}, r"quantization.quant_algo FP8(.|\n)*quantization.kv_cache_quant_algo INT8"),
         ({"rotary_scaling": {"type": "dynamic", "factor": 2}}, "rotary_scaling .*dynamic"),
-        ({"moe": {"num_experts": 8, "top_k": 2}}, "experts"),
+        ({"moe": {"num_experts": 8, "top_k": 2}}, r"moe.normalization_mode None(.|\n)*hidden_act silu of Llama"),
+        ({"architecture": "Qwen2ForCausalLM", "qwen_type": "qwen"}, "qwen_type qwen"),
         ({"qk_layernorm": True}, "qk_layernorm true"),
         ({"mapping": {"world_size": 4, "tp_size": 2, "pp_size": 1}}, "world_size that is not tp_size x pp_size"),
         ({"mapping": None}, "has no mapping"),

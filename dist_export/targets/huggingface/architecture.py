@@ -22,3 +22,5 @@ class HuggingFaceModel:
     fields: Callable[[ModelConfig], dict[str, object]]
     """What config.json holds besides the fields that every class has; an equal key replaces the common value."""
     limits: tuple[Limit, ...]
+    notes: Callable[[ModelConfig], tuple[str, ...]] = lambda model: ()
+    """What the user should know about how the class, or what loads it, treats a model."""

@@ -6,14 +6,17 @@ export_hf_checkpoint writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.errors import ExportError
 from dist_export.models.quantization import Quantization, kv_module
-from dist_export.plan.quantize import AWQ, FP4, FP8_MAX, Dialect, Role
+from dist_export.models.rules import Scope, TargetRule
+from dist_export.plan.quantize import AWQ, FP4, FP8_MAX, Dialect, LinearQuantizer, Role
 from dist_export.plan.recipes import Constant, Recipe, Scalars
-from dist_export.plan.shard import PlannedTensor, Resolved
+from dist_export.plan.shard import PlannedTensor, Resolved, TensorQuantizer
+from dist_export.targets.huggingface import compressed_tensors
 from dist_export.tensors.dtypes import FLOAT32, UINT8
 from dist_export.tensors.views import View
 
@@ -27,8 +30,8 @@ _ALL = {
     Role.PRE_QUANT_SCALE: "pre_quant_scale",
 }
 SCHEMES = (
-    *(Scheme.FP8, Scheme.FP8_PER_CHANNEL_PER_TOKEN, Scheme.INT8_SQ, Scheme.INT4_AWQ, Scheme.W4A8_AWQ, Scheme.NVFP4),
-    Scheme.W4A16_NVFP4,
+    *(Scheme.FP8, Scheme.FP8_PER_CHANNEL_PER_TOKEN, Scheme.INT4_AWQ, Scheme.W4A8_AWQ),
+    *(Scheme.NVFP4, Scheme.W4A16_NVFP4),
 )
 
 
@@ -59,11 +62,113 @@ DIALECT = Dialect(
     more=kv_cache_tensors,
 )
 
-EXCLUDED = ("lm_head", "model.embed_tokens")
+MODELOPT, COMPRESSED_TENSORS, AUTO = "modelopt", "compressed-tensors", "auto"
+_FOR_VLLM = (Scheme.NONE, Scheme.INT8_SQ, Scheme.INT4_AWQ, Scheme.NVFP4_AWQ)
+"""What vLLM reads as compressed-tensors only (vllm/model_executor/layers/quantization/modelopt.py, QUANT_ALGOS)."""
+_FOR_TENSORRT_LLM = (Scheme.NONE, Scheme.INT4_AWQ, Scheme.W4A8_AWQ)
+"""What only TensorRT-LLM's PyTorch backend reads in ModelOpt's layout."""
 
 
-def quant_config(quantization: Quantization) -> dict[str, object]:
-    """hf_quant_config.json."""
+def chosen_format(quantization: Quantization, wanted: str) -> str:
+    """The layout of the folder: as wanted, or with ``auto`` one that vLLM reads where there is one.
+
+    Raises `ExportError` for schemes that the layout has no form for, or that no runtime reads in it.
+    """
+    scheme, config = _one_scheme(quantization), quantization.logical.config
+    if (scheme in AWQ or scheme in compressed_tensors.SMOOTHED) and config.parallel_attention:
+        raise ExportError(f"{scheme.value}: the norm in front of attention feeds the MLP, too: it takes no factor")
+    if wanted == AUTO:
+        wanted = COMPRESSED_TENSORS if scheme in _FOR_VLLM else MODELOPT
+    if wanted == COMPRESSED_TENSORS and scheme is not Scheme.NONE and scheme not in compressed_tensors.FORMATS:
+        raise ExportError(f"compressed-tensors has no form for {scheme.value}; {_hint(scheme)}")
+    if wanted == MODELOPT and scheme is not Scheme.NONE and scheme not in SCHEMES:
+        raise ExportError(f"no runtime reads {scheme.value} in ModelOpt's Hugging Face layout; {_hint(scheme)}")
+    return wanted
+
+
+def _hint(scheme: Scheme) -> str:
+    if scheme in compressed_tensors.FORMATS:
+        return f"give --hf-quantization-format {COMPRESSED_TENSORS}"
+    return f"give --hf-quantization-format {MODELOPT}" if scheme in SCHEMES else "export it with --target trtllm"
+
+
+def quantizer_of(quantization: Quantization, layout: str) -> TensorQuantizer:
+    """What makes a folder's tensors in a layout."""
+    if layout == COMPRESSED_TENSORS:
+        return compressed_tensors.CompressedTensorsQuantizer(quantization)
+    return LinearQuantizer(quantization, DIALECT)
+
+
+def config_of(quantization: Quantization, layout: str, rules: Iterable[TargetRule]) -> dict[str, object]:
+    """``quantization_config`` of config.json; `rules` are the table of the model class."""
+    scheme, ignored = _one_scheme(quantization), unquantized(quantization, layout, rules)
+    if layout == COMPRESSED_TENSORS:
+        linears = [name for name in ignored if name != EMBEDDING]
+        return compressed_tensors.config_entry(quantization, scheme, linears, _group_size(quantization))
+    return config_entry(quantization, ignored)
+
+
+def notes_of(quantization: Quantization, layout: str) -> tuple[str, ...]:
+    """What the user should know of the layout."""
+    scheme = _one_scheme(quantization)
+    if layout == MODELOPT and scheme in _FOR_TENSORRT_LLM:
+        name = "a KV cache's scales alone" if scheme is Scheme.NONE else scheme.value
+        return (f"vLLM does not read {name} in ModelOpt's layout; TensorRT-LLM's PyTorch backend does",)
+    if layout == MODELOPT:
+        return ()
+    quantizer = compressed_tensors.CompressedTensorsQuantizer(quantization)
+    kept = [module for module in quantization.modules() if quantizer.keeps_precision(module)]
+    if not kept:
+        return ()
+    return (
+        f"{len(kept)} linears like {kept[0]} keep their precision: compressed-tensors has no place for the factor of "
+        "their activations, and no linear in front can take it over",
+    )
+
+
+def served_by(quantization: Quantization | None, layout: str) -> str:
+    """The command to go on with."""
+    only = quantization is not None and layout == MODELOPT and _one_scheme(quantization) in _FOR_TENSORRT_LLM
+    return "trtllm-serve {output}" if only else "vllm serve {output}"
+
+
+EMBEDDING = "model.embed_tokens"
+_ENDS = ("lm_head", EMBEDDING)
+
+
+def unquantized(quantization: Quantization, layout: str, rules: Iterable[TargetRule]) -> list[str]:
+    """Modules of the folder that are not quantised: the ends, routers, and linears that were left out."""
+    config, found = quantization.logical.config, list(_ENDS)
+    quantizer = compressed_tensors.CompressedTensorsQuantizer(quantization)
+    chosen = [rule for rule in rules if rule.scope is Scope.LAYER and rule.target.endswith(".weight")]
+    for layer in range(config.num_layers):
+        for rule in chosen:
+            if not (rule.when(config) and rule.layers(config, layer)):
+                continue
+            for expert in range(config.num_experts) if "{expert}" in rule.target else (-1,):
+                logical = rule.inputs[0].logical
+                module = quantization.module_of(logical, layer=layer, expert=expert)
+                if not _is_linear(module, logical):
+                    continue
+                if (
+                    module is None
+                    or quantization.scheme(module) is None
+                    or (layout == COMPRESSED_TENSORS and quantizer.keeps_precision(module))
+                ):
+                    name = rule.target.removesuffix(".weight").replace("{layer}", str(layer))
+                    found.append(name.replace("{expert}", str(expert)))
+    return found
+
+
+def _is_linear(module: ModuleName | None, logical: str) -> bool:
+    if module is None:
+        return logical.endswith("shared_expert_gate.weight")
+    last = module.pattern.rpartition(".")[2]
+    return last.startswith("linear_") or last == "router"
+
+
+def quant_config(quantization: Quantization, ignored: list[str]) -> dict[str, object]:
+    """hf_quant_config.json; `ignored` are the modules that are not quantised."""
     scheme = _one_scheme(quantization)
     table: dict[str, object] = {
         "quant_algo": None if scheme is Scheme.NONE else scheme.value,
@@ -72,8 +177,8 @@ def quant_config(quantization: Quantization) -> dict[str, object]:
     if scheme in FP4:
         table["group_size"] = 16
     if scheme in AWQ:
-        table |= {"group_size": 128, "has_zero_point": False, "pre_quant_scale": True}
-    table["exclude_modules"] = list(EXCLUDED)
+        table |= {"group_size": _group_size(quantization), "has_zero_point": False, "pre_quant_scale": True}
+    table["exclude_modules"] = ignored
     return {"producer": {"name": "modelopt", "version": MODELOPT_VERSION}, "quantization": table}
 
 
@@ -81,10 +186,10 @@ MODELOPT_VERSION = "0.47.0"
 """Whose layout this is. Loaders look at the producer's name to recognise it."""
 
 
-def config_entry(quantization: Quantization) -> dict[str, object]:
-    """``quantization_config`` of config.json."""
+def config_entry(quantization: Quantization, ignored: list[str]) -> dict[str, object]:
+    """``quantization_config`` of config.json in ModelOpt's layout."""
     scheme = _one_scheme(quantization)
-    entry: dict[str, object] = {"ignore": list(EXCLUDED)}
+    entry: dict[str, object] = {"ignore": ignored}
     if scheme in (Scheme.FP8, *FP4):
         kind: dict[str, object] = {"dynamic": False, "num_bits": 8 if scheme is Scheme.FP8 else 4, "type": "float"}
         if scheme in FP4:
@@ -96,7 +201,16 @@ def config_entry(quantization: Quantization) -> dict[str, object]:
     if quantization.kv_cache is KvScheme.FP8:
         entry["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     producer = {"name": "modelopt", "version": MODELOPT_VERSION}
-    return {**entry, "quant_algo": scheme.value, "producer": producer, "quant_method": "modelopt"}
+    algorithm = None if scheme is Scheme.NONE else scheme.value
+    return {**entry, "quant_algo": algorithm, "producer": producer, "quant_method": "modelopt"}
+
+
+def _group_size(quantization: Quantization) -> int:
+    """Columns of INT4 blocks, of all linears. Raises `ExportError` where they differ."""
+    sizes = {each.group_size or 128 for each in quantization.schemes.values()}
+    if len(sizes) > 1:
+        raise ExportError(f"linears have blocks of {sorted(sizes)} columns, which a Hugging Face folder cannot say")
+    return sizes.pop() if sizes else 128
 
 
 def _one_scheme(quantization: Quantization) -> Scheme:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
+from dist_export.models.features import refuse_quantised
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.quantization import Quantization
 from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.layout import TargetLayout
-from dist_export.plan.quantize import LinearQuantizer
 from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.huggingface import quantization as quantized
 from dist_export.targets.huggingface.architecture import HuggingFaceModel
@@ -37,6 +37,8 @@ class HuggingFaceOptions:
     """A Hugging Face folder of the same model: configuration, tokenizer, vocabulary size."""
     tokenizer: str | None = None
     """A folder with tokenizer files, before those of the reference."""
+    quantization_format: str = quantized.AUTO
+    """Layout of quantised linears: ``modelopt``, ``compressed-tensors``, or ``auto``."""
 
     @classmethod
     def from_plain(cls, values: Mapping[str, object]) -> HuggingFaceOptions:
@@ -88,13 +90,20 @@ def plan_export(
     model_faults(architecture, model).raise_if_any()
     logical = LogicalModel(catalog, family.source_rules, model)
     layout = TargetLayout(1, 1, (model.num_layers,))
-    quantizer = LinearQuantizer(quantization, quantized.DIALECT) if quantization is not None else None
+    quantizer, form, notes = None, "", (*resolved.notes, *architecture.notes(model))
+    if quantization is not None:
+        refuse_quantised(model)
+        form = quantized.chosen_format(quantization, options.quantization_format)
+        quantizer = quantized.quantizer_of(quantization, form)
+        notes = (*notes, *quantized.notes_of(quantization, form))
     planner = ShardPlanner(architecture.rules, logical, layout, dtype_by_name(options.dtype), quantizer)
     config = build_config(architecture, model, options.dtype)
     documents: dict[str, object] = {GENERATION: generation_config()}
     if quantization is not None:
-        config["quantization_config"] = quantized.config_entry(quantization)
-        documents[quantized.QUANT_CONFIG] = quantized.quant_config(quantization)
+        config["quantization_config"] = quantized.config_of(quantization, form, architecture.rules)
+        if form == quantized.MODELOPT:
+            ignored = quantized.unquantized(quantization, form, architecture.rules)
+            documents[quantized.QUANT_CONFIG] = quantized.quant_config(quantization, ignored)
     copies: dict[str, Path] = {}
     if options.reference is not None:
         reference = Reference.read(Path(options.reference))
@@ -118,8 +127,8 @@ def plan_export(
         more_documents=documents,
         copies=copies,
         options=asdict(options),
-        facts={"layout": "Hugging Face folder", "next": "vllm serve {output}"},
-        notes=resolved.notes,
+        facts={"layout": "Hugging Face folder", "next": quantized.served_by(quantization, form)},
+        notes=notes,
     )
 
 

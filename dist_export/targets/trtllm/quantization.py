@@ -1,7 +1,8 @@
 """Quantised linears as TensorRT-LLM's loader wants them on disk.
 
-Sources: tensorrt_llm/quantization/layers.py (parameters of FP8Linear, SmoothQuantLinear, WeightOnlyGroupwiseQuantLinear,
-FP4Linear), tensorrt_llm/models/modeling_utils.py (``QuantConfig``, ``preprocess_weights``), and what ModelOpt writes.
+Sources: tensorrt_llm/quantization/layers.py (parameters of FP8Linear, SmoothQuantLinear, FP4Linear,
+WeightOnlyGroupwiseQuantLinear), tensorrt_llm/models/modeling_utils.py (``preprocess_weights``), and what ModelOpt
+writes.
 """
 
 from __future__ import annotations
@@ -56,15 +57,14 @@ def kv_cache_tensors(planned: PlannedTensor, resolved: Resolved, quantization: Q
         return
     fp8 = quantization.kv_cache is KvScheme.FP8
     key, value = kv_module(resolved.layer, "key"), kv_module(resolved.layer, "value")
-    names = {"k_cache_scaling_factor": (key,), "v_cache_scaling_factor": (value,), "kv_cache_scaling_factor": (key, value)}
-    for name, modules in names.items():
+    for part, modules in {"k": (key,), "v": (value,), "kv": (key, value)}.items():
         recipe: Recipe
         if quantization.kv_cache_scale is not None:
             recipe = Constant((quantization.kv_cache_scale,), (1,))
         else:
             divisor = FP8_MAX if fp8 else INT8_MAX
             recipe = Scalars((modules,), divisor, (1,), of_inputs=True, at_least=1.0 if fp8 else 0.0)
-        yield PlannedTensor(head + name, FLOAT32, View.zeros((1,)), FLOAT32, (), recipe=recipe)
+        yield PlannedTensor(f"{head}{part}_cache_scaling_factor", FLOAT32, View.zeros((1,)), FLOAT32, (), recipe=recipe)
 
 
 DIALECT = Dialect(

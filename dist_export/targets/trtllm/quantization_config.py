@@ -8,17 +8,19 @@ within a pipeline stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.errors import ExportError, Faults
-from dist_export.models.quantization import WEIGHT_ONLY, Quantization
+from dist_export.models.quantization import LINEAR_QKV, WEIGHT_NAMES, WEIGHT_ONLY, Quantization
 from dist_export.models.rules import TargetRule
 from dist_export.plan.layout import TargetLayout
 from dist_export.plan.quantize import FP4
-from dist_export.plan.target_modules import PLAIN, Kind, TargetModule, target_modules
-from dist_export.targets.trtllm.releases import RELEASES, Span, described
+from dist_export.plan.target_modules import PLAIN, Kind, TargetModule, kind_of, target_modules
+from dist_export.targets.trtllm.quantization import NAMES
+from dist_export.targets.trtllm.releases import ALL, RELEASES, Span, described
 
 QUANT_CFG = "quant_cfg.json"
 
@@ -38,7 +40,10 @@ NO_EXPERTS: Mapping[Scheme, str] = {
     Scheme.W4A8_AWQ: "up to 0.17 the loader fails on it, and later ones take one factor for all experts of a layer",
     Scheme.MIXED: "experts cannot be named there",
 }
-LOADERS_OWN = ("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate")
+LOADERS_OWN = (
+    *("*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding"),
+    "*shared_expert_gate",
+)
 """What the loader leaves out where config.json has no list; a list there replaces it."""
 CLAMP = [-1200.0, 1200.0]
 """0.14's norms for FP8 rows read bounds unconditionally; these are those of Meta's recipe."""
@@ -62,43 +67,61 @@ def quantization_config(
 
     Raises `ExportError` where none does, or where the names of modules cannot say which ones are quantised.
     """
+    _check_known(quantization)
     modules = _modules(quantization, rules, layout)
-    kinds = {module.kind for module in modules.values()} - {PLAIN}
+    kinds = {module.kind for module in modules} - {PLAIN}
     overall = Scheme.NONE if not kinds else Scheme.MIXED if len(kinds) > 1 else next(iter(kinds))[0]
     _check_experts(quantization, modules, overall)
-    valid = _valid_releases(overall, releases)
+    _check_sizes(quantization, layout.tp_size)
+    valid = _valid_releases((overall, *sorted({scheme for scheme, _ in kinds}, key=str)), releases)
     kv_cache = None if quantization.kv_cache is KvScheme.NONE else quantization.kv_cache.value
     table: dict[str, object] = {"quant_algo": None, "kv_cache_quant_algo": kv_cache}
     if overall is Scheme.NONE:
         return QuantizationConfig(table, valid)
     if overall is Scheme.MIXED:
         table["quant_algo"] = overall.value
-        layers = {name: _algorithm(module.kind) for name, module in modules.items() if module.kind != PLAIN}
+        named = _by_name(modules, layout)
+        layers = {name: _algorithm(module.kind) for name, module in named.items() if module.kind != PLAIN}
         return QuantizationConfig(table, valid, {QUANT_CFG: {**table, "quantized_layers": layers}})
     table |= _algorithm(kinds.pop())
-    if overall in WEIGHT_ONLY:
-        _check_sizes(quantization, layout.tp_size, overall)
-        excluded = _excluded(modules)
-        if excluded:  # matched against names of modules and of weights
-            weights = (f"{name}.weight" for name in (*excluded, "*shared_expert_gate"))
-            table["exclude_modules"] = [*LOADERS_OWN, *excluded, *weights]
-        return QuantizationConfig(table, valid)
     if overall is Scheme.FP8_PER_CHANNEL_PER_TOKEN:
         return _rowwise(quantization, modules, layout, table, valid)
-    table["exclude_modules"] = [*_never_quantized(quantization, rules), *_excluded(modules)]
+    excluded = _excluded(_by_name(modules, layout))
+    if overall not in WEIGHT_ONLY:
+        table["exclude_modules"] = [*_never_quantized(quantization, rules), *excluded]
+        return QuantizationConfig(table, valid)
+    if excluded:  # matched against names of modules and of weights
+        weights = (f"{name}.weight" for name in (*excluded, "*shared_expert_gate"))
+        table["exclude_modules"] = [*LOADERS_OWN, *excluded, *weights]
     return QuantizationConfig(table, valid)
 
 
-def _modules(quantization: Quantization, rules: Sequence[TargetRule], layout: TargetLayout) -> dict[str, TargetModule]:
-    """The linears of all stages by name. Raises `ExportError` where one name means different things in them."""
+def _check_known(quantization: Quantization) -> None:
+    """Raise `ExportError` for schemes that no engine has."""
+    unknown = sorted({each.scheme.value for each in quantization.schemes.values() if each.scheme not in NAMES})
+    if unknown:
+        raise ExportError(
+            f"TensorRT-LLM's engine builder has no {', '.join(unknown)}: export the model with --target hf"
+        )
+
+
+def _modules(
+    quantization: Quantization, rules: Sequence[TargetRule], layout: TargetLayout
+) -> list[TargetModule]:
+    """The linears of all stages."""
+    stages = (enumerate(layout.layers(stage * layout.tp_size)) for stage in range(layout.pp_size))
+    return [module for layers in stages for module in target_modules(rules, quantization, layers)]
+
+
+def _by_name(modules: Iterable[TargetModule], layout: TargetLayout) -> dict[str, TargetModule]:
+    """Raises `ExportError` where one name means different things in different stages."""
     found: dict[str, TargetModule] = {}
-    for stage in range(layout.pp_size):
-        for module in target_modules(rules, quantization, enumerate(layout.layers(stage * layout.tp_size))):
-            if found.setdefault(module.name, module).kind != module.kind:
-                raise ExportError(
-                    f"pp {layout.pp_size}: TensorRT-LLM numbers layers within a pipeline stage, so {module.name} names a "
-                    "layer of every stage, and these are not quantised alike; export with pp 1, or quantise them alike"
-                )
+    for module in modules:
+        if found.setdefault(module.name, module).kind != module.kind:
+            raise ExportError(
+                f"pp {layout.pp_size}: TensorRT-LLM numbers layers within a pipeline stage, so {module.name} names a "
+                "layer of every stage, and these are not quantised alike; export with pp 1, or quantise them alike"
+            )
     return found
 
 
@@ -127,9 +150,9 @@ def _algorithm(kind: Kind) -> dict[str, object]:
     return table
 
 
-def _check_experts(quantization: Quantization, modules: Mapping[str, TargetModule], overall: Scheme) -> None:
+def _check_experts(quantization: Quantization, modules: Sequence[TargetModule], overall: Scheme) -> None:
     """Raise `ExportError` for quantised experts that no release's model class has."""
-    experts = [module for module in modules.values() if module.over_experts]
+    experts = [module for module in modules if module.over_experts]
     if overall in NO_EXPERTS and any(each.kind != PLAIN for each in experts):
         raise ExportError(f"experts in {overall.value} cannot be exported: {NO_EXPERTS[overall]}")
     plain = {each.name.rpartition(".")[0] for each in experts if each.kind == PLAIN}
@@ -140,38 +163,70 @@ def _check_experts(quantization: Quantization, modules: Mapping[str, TargetModul
         raise ExportError(f"a model with experts in {overall.value} cannot be exported: {NO_EXPERTS[overall]}")
 
 
-def _valid_releases(scheme: Scheme, releases: tuple[str, ...]) -> tuple[str, ...]:
-    span, broken = KNOWN.get(scheme), BROKEN.get(scheme, ())
-    valid = tuple(each for each in releases if (span is None or each in span) and each not in broken)
-    if not valid:
-        but = f" (not {', '.join(broken)})" if broken else ""
-        raise ExportError(f"{scheme.value} is in TensorRT-LLM {span}{but}, not in {described(releases)}")
-    return valid
+def _valid_releases(schemes: Iterable[Scheme], releases: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `releases` that have all schemes; `ExportError` where there are none."""
+    for scheme in schemes:
+        span, broken, asked = KNOWN.get(scheme, ALL), BROKEN.get(scheme, ()), releases
+        releases = tuple(each for each in asked if each in span and each not in broken)
+        if not releases:
+            but = f" (not {', '.join(broken)})" if broken else ""
+            raise ExportError(f"{scheme.value} is in TensorRT-LLM {span}{but}, not in {described(asked)}")
+    return releases
 
 
-def _check_sizes(quantization: Quantization, tp_size: int, scheme: Scheme) -> None:
-    """Raise one `ExportError` for all linears whose sizes the loader's weight-only kernels do not take.
+SIZES = {Scheme.INT8_WO: 64, Scheme.INT4_WO: 64, Scheme.INT4_AWQ: 64, Scheme.W4A8_AWQ: 128}
+"""What both sides of a linear are rounded up to, times tp, and to whole groups (quantization/layers.py)."""
 
-    The modules pad both sides to multiples of 64 x tp, what is loaded into them is not padded.
+
+def _check_sizes(quantization: Quantization, tp_size: int) -> None:
+    """Raise one `ExportError` for all linears whose sizes the loader's kernels do not take.
+
+    The modules round both sides up; what is loaded into them is not padded.
     """
-    faults, multiple, config = Faults(f"{scheme.value} weights at tp {tp_size}"), 64 * tp_size, quantization.logical.config
+    faults = Faults(f"TensorRT-LLM at tp {tp_size} pads these linears, but not their weights")
     for module in quantization.modules():
-        weight = quantization.logical.catalog.find(f"{module.pattern}.weight", layer=module.layer, expert=module.expert)
-        if weight is None:
-            continue
-        fused = 2 if module.pattern.endswith("linear_fc1") and config.gated else 1
-        sizes = (weight.shape[0] // fused, weight.shape[1])
-        if any(size % multiple for size in sizes):
-            faults.add(f"{weight.slab} {list(sizes)}: its sizes are no multiples of 64 x tp = {multiple}")
+        scheme, group_size = kind_of(quantization, module)
+        shape = _engine_shape(quantization, module, tp_size)
+        if scheme in SIZES and shape is not None:
+            multiple = max(SIZES[scheme], group_size or 0) * tp_size
+            if any(size % multiple for size in shape):
+                faults.add(f"{module} {list(shape)}: {scheme.value} needs sizes that are multiples of {multiple}")
     faults.raise_if_any()
 
 
-_SPARED_BY_META = "TensorRT-LLM 0.14 has {scheme} in the MLPs of layers that are neither first nor last, and nowhere else"
+def _engine_shape(quantization: Quantization, module: ModuleName, tp_size: int) -> tuple[int, int] | None:
+    """Rows and columns of a linear as the engine has it: gate and up apart, key/value heads repeated for the ranks."""
+    logical = quantization.logical
+    config = logical.config
+    for name in WEIGHT_NAMES:
+        weight = logical.catalog.find(f"{module.pattern}.{name}", layer=module.layer, expert=module.expert)
+        if weight is None:
+            continue
+        rows, columns = weight.shape
+        if module.pattern.endswith("linear_fc1") and config.gated and name == "weight":
+            rows //= 2
+        if module.pattern == LINEAR_QKV:
+            rows += 2 * config.head_size * max(tp_size - config.num_query_groups, 0)
+        return rows, columns
+    return None
+
+
+def notes_of(quantization: Quantization, releases: Sequence[str]) -> tuple[str, ...]:
+    """What the user should know of how releases take the scales."""
+    notes = list(quantization.notes)
+    if quantization.kv_cache is KvScheme.FP8 and {"0.12", "0.13"} & {*releases}:
+        notes.append("TensorRT-LLM 0.12 and 0.13 scale an FP8 KV cache by 1.0, whatever the checkpoint says")
+    if quantization.kv_cache_scale is not None:
+        notes.append(f"the KV cache's scale {quantization.kv_cache_scale:g} was given, not calibrated")
+    return tuple(notes)
+
+
+_SPARED_BY_META = "TensorRT-LLM 0.14 has {scheme} in the MLPs of layers that are neither first nor last, nowhere else"
 
 
 def _rowwise(
     quantization: Quantization,
-    modules: Mapping[str, TargetModule],
+    modules: Sequence[TargetModule],
     layout: TargetLayout,
     table: dict[str, object],
     releases: tuple[str, ...],
@@ -179,8 +234,7 @@ def _rowwise(
     """FP8 by rows: whole attentions and whole MLPs are quantised, each with the norm in front of it."""
     last = quantization.logical.config.num_layers - 1
     spared = {m for m in quantization.schemes if m.layer in (0, last) or ".mlp." not in m.pattern}
-    middle = {m.name for m in modules.values() if ".mlp." in m.name and m.kind != PLAIN}
-    is_meta = not spared and len(quantization.schemes) == 2 * max(last - 1, 0) and bool(middle)
+    is_meta = last > 1 and not spared and len(quantization.schemes) == 2 * (last - 1)
     if releases == ("0.14",):
         if not is_meta:
             raise ExportError(
@@ -197,11 +251,12 @@ def _rowwise(
     if is_meta:
         return QuantizationConfig({**table, "use_meta_recipe": True, "clamp_val": CLAMP}, later)
     blocks: dict[str, set[bool]] = {}
-    for module in modules.values():
+    for module in _by_name(modules, layout).values():
         blocks.setdefault(module.name.rpartition(".")[0], set()).add(module.kind != PLAIN)
     torn = [name for name, states in blocks.items() if len(states) > 1]
     if torn:
-        raise ExportError(f"{torn[0]}: all linears of an attention or an MLP are {table['quant_algo']}, or none; see --exclude")
+        scheme = table["quant_algo"]
+        raise ExportError(f"{torn[0]}: all linears of an attention or an MLP are {scheme}, or none; see --exclude")
     names = [name for name, states in blocks.items() if states == {False}]
     norms = {"attention": "input_layernorm", "mlp": "post_layernorm"}
     names += [f"{head}.{norms[block]}" for head, _, block in (name.rpartition(".") for name in names)]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.config import ModelConfig
+from dist_export.models.features import refuse_quantised
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
 from dist_export.models.quantization import Quantization
@@ -19,7 +20,7 @@ from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.trtllm import quantization as quantized
 from dist_export.targets.trtllm.architecture import EngineModel, choose_engine
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
-from dist_export.targets.trtllm.quantization_config import quantization_config
+from dist_export.targets.trtllm.quantization_config import notes_of, quantization_config
 from dist_export.targets.trtllm.releases import RELEASES, check_config, described, parse_release, split_layers
 from dist_export.targets.trtllm.tables import EmbeddingSharding
 from dist_export.tensors.dtypes import dtype_by_name
@@ -84,11 +85,15 @@ def plan_export(
     engine_faults(engine, model, layout).raise_if_any()
     releases = engine.valid_releases(model, layout, options.dtype, wanted)
     config = build_config(engine, model, layout, ServingOptions(options.dtype, options.embedding))
-    rules, quantizer, documents = engine.rules(options.embedding), None, {}
+    rules, quantizer = engine.rules(options.embedding), None
+    notes: tuple[str, ...] = ()
+    documents: dict[str, object] = {}
     if quantization is not None:
+        refuse_quantised(model)
         written = quantization_config(quantization, rules, layout, releases)
         releases, config["quantization"], documents = written.releases, written.table, written.documents
         quantizer = LinearQuantizer(quantization, quantized.DIALECT)
+        notes = notes_of(quantization, releases)
     check_config(config, engine.keys, releases)
     logical = LogicalModel(catalog, family.source_rules, model)
     planner = ShardPlanner(rules, logical, layout, dtype_by_name(options.dtype), quantizer)
@@ -109,14 +114,17 @@ def plan_export(
             "valid in": f"TensorRT-LLM {described(releases)}",
             "next": "trtllm-build --checkpoint_dir {output} --output_dir ENGINES",
         },
-        notes=(*resolved.notes, *model_notes(model), *engine.notes(model), *(quantization.notes if quantization else ())),
+        notes=(*resolved.notes, *model_notes(model), *engine.notes(model), *notes),
     )
 
 
 def _engines(family: Family) -> tuple[EngineModel, ...]:
     found = tuple(each for each in family.architectures.get(NAME, ()) if isinstance(each, EngineModel))
     if not found:
-        raise ExportError(f"the family {family.name} has no engine model in TensorRT-LLM; export it with --target hf")
+        why = f" that can be exported: {family.unserved[NAME]}" if NAME in family.unserved else ""
+        raise ExportError(
+            f"the family {family.name} has no engine model in TensorRT-LLM{why}; export it with --target hf"
+        )
     return found
 
 

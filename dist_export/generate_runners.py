@@ -1,0 +1,131 @@
+"""Models that take token ids and give logits: of either kind of export, of an engine, of the checkpoint itself.
+
+Importing this module imports torch; what else is needed is imported when a model is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dist_export.api import OpenedModel
+from dist_export.errors import ExportError
+
+
+class Runner(Protocol):
+    """A model, ready to be run."""
+
+    name: str
+    """What computes it."""
+    vocab_size: int
+    """Without padding."""
+    max_positions: int
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, position, vocabulary] in float32 of token ids [batch, position]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrtllmRunner:
+    """A TensorRT-LLM export in the reference interpreter."""
+
+    model: Any
+    name: str = "reference interpreter of TensorRT-LLM"
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.model.config.raw.get("max_position_embeddings") or 1 << 30)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model.logits(tokens)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceRunner:
+    """A Hugging Face export in transformers."""
+
+    model: Any
+    name: str = "transformers"
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int:
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits.float()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronRunner:
+    """A checkpoint in Megatron-Core."""
+
+    model: Any
+    vocab_size: int
+    max_positions: int
+    name: str = "Megatron-Core"
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        from dist_export.verify.megatron_adapter import forward
+
+        return forward(self.model, tokens)[..., : self.vocab_size].float()
+
+
+def open_export(folder: Path) -> Runner:
+    """The reference runner of an export. `ExportError` for what is none, or cannot be run."""
+    if export_kind(folder) == "trtllm":
+        from dist_export.verify.trtllm_interpreter import TrtllmModel
+
+        return TrtllmRunner(TrtllmModel.open(folder))
+    from dist_export.verify.huggingface_adapter import load_decoded
+
+    return HuggingFaceRunner(load_decoded(folder))
+
+
+def export_kind(folder: Path) -> str:
+    """``trtllm`` or ``hf``."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        inner = [name for name in ("trtllm", "hf") if (folder / name / "config.json").is_file()]
+        if inner:
+            raise ExportError(f"{folder}: holds several exports; name one of {', '.join(inner)} in it") from error
+        raise ExportError(f"{path}: cannot be read: {error}; give the folder of a finished export") from error
+    if isinstance(config, dict) and "mapping" in config:
+        return "trtllm"
+    if isinstance(config, dict) and "model_type" in config:
+        return "hf"
+    raise ExportError(f"{path}: has neither mapping (TensorRT-LLM) nor model_type (Hugging Face); not an export")
+
+
+@contextlib.contextmanager
+def open_checkpoint_model(model: OpenedModel) -> Iterator[Runner]:
+    """The checkpoint's own model in float32, within the context.
+
+    Called in one process without a torch process group. Raises `ExportError` for quantised checkpoints and for what
+    Megatron-Core cannot build here.
+    """
+    from dist_export.verify.megatron_adapter import loaded_model
+
+    if any(True for _ in model.quantizers.catalog.patterns()):
+        raise ExportError(f"{model.checkpoint.index.origin}: ModelOpt has quantised it; give the one before that")
+    config = model.resolved.config
+    with loaded_model(model.checkpoint.index, config, dtype=torch.float32) as gpt:
+        yield MegatronRunner(gpt, config.vocab_size, config.max_position_embeddings)
