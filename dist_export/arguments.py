@@ -79,6 +79,13 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
     run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
 
 
+    engine = parser.add_argument_group("engines (TensorRT-LLM 0.12 to 1.2)")
+    engine.add_argument("--build-engine", type=Path, metavar="DIR", help="then build every rank's engine into DIR")
+    engine.add_argument("--engine-config", type=Path, metavar="FILE", help="YAML with options of trtllm-build")
+    engine.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE",
+                        help="one of them, such as max_batch_size=64; repeatable")  # fmt: skip
+
+
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that name a checkpoint and say what it does not."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",

@@ -53,6 +53,7 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     families = commands.add_parser("families", help="the model families, and what each can be exported to")
     families.add_argument("--markdown", action="store_true", help="as the table of the README")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
+    add_engine_arguments(commands.add_parser("engine", help="build TensorRT-LLM engines from an existing export"))
     add_verify_arguments(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
     add_calibrate_arguments(commands.add_parser("calibrate", help="find the scales of a quantised export from texts"))
     add_generate_arguments(commands.add_parser("generate", help="what an export continues a prompt with"))
@@ -62,10 +63,14 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
-    options = build_parser().parse_args(arguments)
+    options, rest = build_parser().parse_known_args(arguments)
+    if rest and options.command != "engine":
+        build_parser().parse_args(arguments)  # says what is not known
     commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "report": _report}
     commands |= {"families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
     try:
+        if options.command == "engine":
+            return _engine(options, rest)
         return commands[options.command](options)
     except ExportError as error:
         print(f"dist-export: error: {error}", file=sys.stderr)
@@ -134,6 +139,12 @@ def _families(options: argparse.Namespace) -> int:
 
     print(support.markdown() if options.markdown else support.text())
     return exit_codes.OK
+
+
+def _engine(options: argparse.Namespace, rest: list[str]) -> int:
+    from dist_export.engines.command import engine_command
+
+    return engine_command(options, rest)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -58,6 +58,7 @@ def export_locally(options: argparse.Namespace) -> int:
             publication.check_output(options.output.absolute(), overwrite=options.overwrite)
         model, job = make_job(options)
         job.validate()
+        engines = Engines.asked(options, job)
     except ExportError as error:
         failure = Failure.of(-1, error)
         reporter.failure(failure)
@@ -67,7 +68,8 @@ def export_locally(options: argparse.Namespace) -> int:
 
     def rank_main(group: Group) -> int:
         with reporter.watch(group, output=str(run.output)):
-            return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)), reporter)
+            session = ExportSession(model.checkpoint, job, run, group, request_of(options))
+            return export_rank(session, reporter, engines)
 
     return run_local(num_processes, rank_main, tell=reporter.failure)
 
@@ -96,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             model, job = make_job(options, checkpoint)
             run = run_options(options, num_processes=group.world.local_world_size)
-            return export_rank(ExportSession(model.checkpoint, job, run, group, request_of(options)), reporter)
+            engines = Engines.asked(options, job)
+            session = ExportSession(model.checkpoint, job, run, group, request_of(options))
+            return export_rank(session, reporter, engines)
 
     try:
         world = detect_world(os.environ)
@@ -112,8 +116,28 @@ def reporter_of(options: argparse.Namespace) -> Reporter:
     return Reporter(json_lines=options.log_json, progress_file=options.progress_file)
 
 
-def export_rank(session: ExportSession, reporter: Reporter) -> int:
-    """One rank's export; rank 0 shows progress and prints the closing table."""
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What is to be built once the export is published."""
+
+    request: EngineRequest
+    gpus: list[Gpu]
+
+    @classmethod
+    def asked(cls, options: argparse.Namespace, job: ExportJob) -> Engines | None:
+        """Of ``--build-engine``; None without it. Raises `ExportError` where engines cannot be built."""
+        if options.build_engine is None:
+            if options.engine_config or options.engine_option:
+                raise ExportError("--engine-config and --engine-option are for --build-engine DIR")
+            return None
+        from dist_export.engines import command
+
+        request = command.request_of(options, options.build_engine)
+        return cls(request, command.prepare_job(request, job))
+
+
+def export_rank(session: ExportSession, reporter: Reporter, engines: Engines | None = None) -> int:
+    """One rank's export; rank 0 shows progress and prints the closing table. Then the engines, where asked for."""
     if not reporter.json_lines:
         session.group.show_progress("exporting")
     reports = session.run()
@@ -121,6 +145,10 @@ def export_rank(session: ExportSession, reporter: Reporter) -> int:
         print(f"{session.options.output} holds this export already: nothing to do", flush=True)
     elif session.group.rank == 0:
         print(report.closing_text(session.job, session.options.output, reports), flush=True)
+    if engines is not None:
+        from dist_export.engines.command import build_after_export
+
+        build_after_export(engines.request, session.job, session.options.output, session.group, engines.gpus)
     return 0
 
 

@@ -195,7 +195,8 @@ def _divided(amax: npt.NDArray[np.float32], divisor: float, name: str) -> npt.ND
     """amax / divisor; 1 where all weights are zero. `ExportError` for amax that is no number."""
     if not np.isfinite(amax).all() or (amax < 0).any():
         raise ExportError(f"{name}: a stored amax is NaN, infinite or negative; calibrate the model again")
-    return np.where(amax > 0, amax / np.float32(divisor), np.float32(1)).astype(np.float32)
+    scales: npt.NDArray[np.float32] = np.where(amax > 0, amax / np.float32(divisor), np.float32(1)).astype(np.float32)
+    return scales
 
 
 def _fp8(values: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def check_gpus(gpus: Sequence[Gpu], config: Mapping[str, Any]) -> None:
         raise ExportError(f"engines: no NVIDIA GPU is to be seen here; {_IMAGE} on the machine that will serve")
     quantization = config.get("quantization") or {}
     wanted = {config.get("dtype"), quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")}
-    for kind in sorted(wanted & _CAPABILITIES.keys()):
+    for kind in sorted(kind for kind in _CAPABILITIES if kind in wanted):
         lowest, generation = _CAPABILITIES[kind]
         for gpu in gpus:
             if gpu.capability < lowest:

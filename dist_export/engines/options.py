@@ -1,7 +1,7 @@
 """What ``trtllm-build`` can be told, as one value: its names, its defaults, checked against the model.
 
-Sources: tensorrt_llm/commands/build.py (`parse_arguments`), tensorrt_llm/plugin/plugin.py (`PluginConfig`) and the checks
-of tensorrt_llm/builder.py (`build`, `_init_max_seq_len`) of each release.
+Sources: tensorrt_llm/commands/build.py (`parse_arguments`), tensorrt_llm/plugin/plugin.py (`PluginConfig`) and the
+checks of tensorrt_llm/builder.py (`build`, `_init_max_seq_len`) of each release.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class EngineOptions:
 
         Raises `ExportError` naming every unknown option and every value of a wrong type.
         """
-        faults, found = Faults("engine options"), {}
+        faults = Faults("engine options")
+        found: dict[str, Any] = {}
         types = get_type_hints(cls)
         for given, value in values.items():
             name = given.replace("-", "_")
@@ -202,7 +203,8 @@ def _check_numbers(options: EngineOptions, config: Mapping[str, Any], faults: Fa
     if options.max_seq_len is not None and positions is not None and options.max_seq_len > positions:
         faults.add(f"max_seq_len {options.max_seq_len} is more than the model's {positions} positions")
     limit = options.max_seq_len or positions
-    if limit is not None and options.max_input_len != EngineOptions.max_input_len and options.max_input_len > limit:
+    chosen = "max_input_len" in options.as_values()  # the default is cut off without a word
+    if limit is not None and chosen and options.max_input_len > limit:
         faults.add(f"max_input_len {options.max_input_len} is more than max_seq_len {limit}")
     if options.opt_num_tokens and options.max_num_tokens and options.opt_num_tokens > options.max_num_tokens:
         faults.add(f"opt_num_tokens {options.opt_num_tokens} is more than max_num_tokens {options.max_num_tokens}")
@@ -268,7 +270,7 @@ def _algorithm(config: Mapping[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-_SWITCHES = {"enable": True, "true": True, "yes": True, "1": True, "disable": False, "false": False, "no": False, "0": False}
+_SWITCHES = dict.fromkeys(("enable", "true", "yes", "1"), True) | dict.fromkeys(("disable", "false", "no", "0"), False)
 
 
 def _typed(value: object, kind: Any) -> object:

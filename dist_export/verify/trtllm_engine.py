@@ -1,7 +1,7 @@
 """What a TensorRT-LLM engine would load: config.json as its model class reads it, and the rank files checked for it.
 
-Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,qwen,gemma,falcon} and mapping.py alone, without the
-rule tables and layouts of the exporter, so that a mistake there is not repeated here.
+Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,qwen,gemma,falcon} and mapping.py alone, without
+the rule tables and layouts of the exporter, so that a mistake there is not repeated here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A reference interpreter of TensorRT-LLM checkpoints in plain torch: what the engine would compute, without TensorRT.
 
 It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,qwen,gemma,falcon},
-layers/attention.py, mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel rank's
-share is computed from that rank's file only and combined as the engine's all-reduce and all-gather would; pipeline
-stages run one after the other with their own layer numbers. Only one layer's weights are in memory at a time.
+layers/attention.py, mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel
+rank's share is computed from that rank's file only and combined as the engine's all-reduce and all-gather would;
+pipeline stages run one after the other with their own layer numbers. Only one layer's weights are in memory at a
+time.
 
 Importing this module imports torch.
 """

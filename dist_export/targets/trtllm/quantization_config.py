@@ -8,7 +8,7 @@ within a pipeline stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dist_export.checkpoint.quantizer_names import ModuleName
@@ -178,19 +178,21 @@ SIZES = {Scheme.INT8_WO: 64, Scheme.INT4_WO: 64, Scheme.INT4_AWQ: 64, Scheme.W4A
 """What both sides of a linear are rounded up to, times tp, and to whole groups (quantization/layers.py)."""
 
 
-def _check_sizes(quantization: Quantization, tp_size: int) -> None:
-    """Raise one `ExportError` for all linears whose sizes the loader's kernels do not take.
-
-    The modules round both sides up; what is loaded into them is not padded.
-    """
-    faults = Faults(f"TensorRT-LLM at tp {tp_size} pads these linears, but not their weights")
+def _padded(quantization: Quantization, tp_size: int) -> Iterator[tuple[Scheme, str]]:
+    """Linears whose sizes the loader's kernels do not take: the modules round both sides up, but not the weights."""
     for module in quantization.modules():
         scheme, group_size = kind_of(quantization, module)
         shape = _engine_shape(quantization, module, tp_size)
         if scheme in SIZES and shape is not None:
             multiple = max(SIZES[scheme], group_size or 0) * tp_size
             if any(size % multiple for size in shape):
-                faults.add(f"{module} {list(shape)}: {scheme.value} needs sizes that are multiples of {multiple}")
+                yield scheme, f"{module} {list(shape)}: {scheme.value} needs sizes that are multiples of {multiple}"
+
+
+def _check_sizes(quantization: Quantization, tp_size: int) -> None:
+    """Raise one `ExportError` for all weight-only linears that cannot be loaded for their sizes."""
+    faults = Faults(f"TensorRT-LLM at tp {tp_size} pads these linears, but not their weights")
+    faults.extend(text for scheme, text in _padded(quantization, tp_size) if scheme in WEIGHT_ONLY)
     faults.raise_if_any()
 
 
@@ -211,9 +213,12 @@ def _engine_shape(quantization: Quantization, module: ModuleName, tp_size: int) 
     return None
 
 
-def notes_of(quantization: Quantization, releases: Sequence[str]) -> tuple[str, ...]:
+def notes_of(quantization: Quantization, tp_size: int, releases: Sequence[str]) -> tuple[str, ...]:
     """What the user should know of how releases take the scales."""
     notes = list(quantization.notes)
+    padded = [text for scheme, text in _padded(quantization, tp_size) if scheme not in WEIGHT_ONLY]
+    if padded:  # as ModelOpt writes them, too; seen in 0.14
+        notes.append(f"TensorRT-LLM 0.14 cannot load {len(padded)} linears at tp {tp_size}: {padded[0]}")
     if quantization.kv_cache is KvScheme.FP8 and {"0.12", "0.13"} & {*releases}:
         notes.append("TensorRT-LLM 0.12 and 0.13 scale an FP8 KV cache by 1.0, whatever the checkpoint says")
     if quantization.kv_cache_scale is not None:

@@ -18,6 +18,7 @@ from dist_export.plan.layout import TargetLayout
 from dist_export.plan.quantize import LinearQuantizer
 from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.trtllm import quantization as quantized
+from dist_export.targets.trtllm.build_command import build_command
 from dist_export.targets.trtllm.architecture import EngineModel, choose_engine
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
 from dist_export.targets.trtllm.quantization_config import notes_of, quantization_config
@@ -93,7 +94,7 @@ def plan_export(
         written = quantization_config(quantization, rules, layout, releases)
         releases, config["quantization"], documents = written.releases, written.table, written.documents
         quantizer = LinearQuantizer(quantization, quantized.DIALECT)
-        notes = notes_of(quantization, releases)
+        notes = notes_of(quantization, layout.tp_size, releases)
     check_config(config, engine.keys, releases)
     logical = LogicalModel(catalog, family.source_rules, model)
     planner = ShardPlanner(rules, logical, layout, dtype_by_name(options.dtype), quantizer)
@@ -112,7 +113,7 @@ def plan_export(
         facts={
             "layout": f"{layout}, layers per stage {', '.join(map(str, layout.layers_per_stage))}",
             "valid in": f"TensorRT-LLM {described(releases)}",
-            "next": "trtllm-build --checkpoint_dir {output} --output_dir ENGINES",
+            "next": build_command(config, checkpoint="{output}"),
         },
         notes=(*resolved.notes, *model_notes(model), *engine.notes(model), *notes),
     )
