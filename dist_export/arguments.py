@@ -77,12 +77,29 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
     run.add_argument("--sha256", action="store_true", help="SHA-256 of every file in the manifest, for evidence")
     run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
     run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
-
-
     engine = parser.add_argument_group("engines (TensorRT-LLM 0.12 to 1.2)")
     engine.add_argument("--build-engine", type=Path, metavar="DIR", help="then build every rank's engine into DIR")
-    engine.add_argument("--engine-config", type=Path, metavar="FILE", help="YAML with options of trtllm-build")
-    engine.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE",
+    _add_engine_options(engine)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``dist-export engine``, among them the options of trtllm-build as they are."""
+    from dist_export.engines.options import option_flags
+
+    parser.usage = "%(prog)s OUTPUT ENGINES [options] [--max_batch_size N and other options of trtllm-build]"
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a published export for TensorRT-LLM")
+    parser.add_argument("engines", type=Path, metavar="ENGINES", help="folder of engines to create")
+    parser.add_argument("--overwrite", action="store_true", help="replace the engines at ENGINES")
+    _add_engine_options(parser)
+    for name, is_switch in option_flags().items():
+        more = {"nargs": "?", "const": "enable"} if is_switch else {}
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, dest=f"engine:{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **more)
+
+
+def _add_engine_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--engine-config", type=Path, metavar="FILE", help="YAML with options of trtllm-build")
+    parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE",
                         help="one of them, such as max_batch_size=64; repeatable")  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dist_export import __version__
 from dist_export.arguments import (
+    add_engine_arguments,
     add_export_arguments,
     add_source_arguments,
     add_target_arguments,
@@ -63,14 +64,10 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
-    options, rest = build_parser().parse_known_args(arguments)
-    if rest and options.command != "engine":
-        build_parser().parse_args(arguments)  # says what is not known
+    options = build_parser().parse_args(arguments)
     commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "report": _report}
-    commands |= {"families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
+    commands |= {"engine": _engine, "families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
     try:
-        if options.command == "engine":
-            return _engine(options, rest)
         return commands[options.command](options)
     except ExportError as error:
         print(f"dist-export: error: {error}", file=sys.stderr)
@@ -141,10 +138,10 @@ def _families(options: argparse.Namespace) -> int:
     return exit_codes.OK
 
 
-def _engine(options: argparse.Namespace, rest: list[str]) -> int:
+def _engine(options: argparse.Namespace) -> int:
     from dist_export.engines.command import engine_command
 
-    return engine_command(options, rest)
+    return engine_command(options)
 
 
 def _export(options: argparse.Namespace) -> int:

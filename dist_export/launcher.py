@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_export import report
 from dist_export.arguments import add_export_arguments, make_job, request_of
@@ -21,6 +23,11 @@ from dist_export.runtime.usage import default_host_memory
 from dist_export.runtime.world import detect_world
 from dist_export.session import ExportSession, RunOptions
 from dist_export.shared_index import open_shared
+
+if TYPE_CHECKING:
+    from dist_export.engines.availability import Gpu
+    from dist_export.engines.build import EngineRequest
+    from dist_export.plan.job import ExportJob
 
 
 def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOptions:

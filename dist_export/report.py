@@ -10,11 +10,16 @@ from typing import Any
 from dist_export.api import OpenedModel
 from dist_export.checkpoint.contents import contents, generation
 from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.convert.scale_table import entries_of
+from dist_export.errors import ExportError
+from dist_export.families.registry import choose_family
 from dist_export.manifest import RankReport
+from dist_export.models.quantization import Quantization
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import make_placement, work_of
 from dist_export.plan.shard import ShardPlan
 from dist_export.plan.work import collect_uses
+from dist_export.quantization_report import describe
 from dist_export.runtime.progress import format_bytes, format_rate
 
 
@@ -45,6 +50,7 @@ def inspection(model: OpenedModel) -> dict[str, Any]:
         "num_objects": len(index.objects),
         "config": {n: {"value": v, "from": provenance[n]} for n, v in asdict(resolved.config).items()},
         "notes": list(resolved.notes),
+        "quantization": _quantization_found(model),
         "tensors": {name: {"shape": list(info.shape), "dtype": info.dtype} for name, info in index.tensors.items()},
     }
 
@@ -91,6 +97,7 @@ def inspection_text(model: OpenedModel) -> str:
         ("", f"{facts['weight_share']:.1%} of what all its tensors take"),
         ("left out", "; ".join(ignored) or "nothing"),
         *_adapters(model),
+        *_found_lines(facts["quantization"]),
         *(("also there", line) for line in facts["contents"]),
     ]
     fields = [(name, entry["value"], entry["from"]) for name, entry in facts["config"].items()]
@@ -112,12 +119,32 @@ def _adapters(model: OpenedModel) -> list[tuple[str, str]]:
     return [("merged", f"{adapters.kind} ({scale}) {where}")]
 
 
+def _quantization_found(model: OpenedModel) -> dict[str, Any] | None:
+    """How an export would quantise; under ``fault`` why it could not. None for a plain model, or one of no family."""
+    try:
+        family = choose_family(model.resolved.config, None)
+    except ExportError:
+        return None  # `plan` says what is missing
+    try:
+        return scale_summary(model.quantization(family))
+    except ExportError as error:
+        return {"fault": str(error).splitlines()[0]}
+
+
+def _found_lines(facts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if facts is not None and "fault" in facts:
+        return [("quantised", f"cannot be exported so: {facts['fault']}")]
+    return _quantization_lines(facts)
+
+
 def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Everything ``plan`` knows; sizes in bytes."""
     shards = job.shards()
-    slabs, _ = collect_uses(shards, job.catalog.tensors, updates=job.catalog.updates)
+    slabs, fills = collect_uses(shards, job.catalog.tensors, updates=job.catalog.updates)
     placement = make_placement([0] * len(shards), [shard.num_data_bytes for shard in shards.values()])
     reads = [sum(i.num_bytes_needed for i in work_of(n, placement, slabs)) for n in range(len(shards))]
+    for fill in fills:
+        reads[fill.output.file] += fill.num_bytes_needed
     return {
         "source": str(model.checkpoint.index.origin),
         "digest": job.digest(),
@@ -132,11 +159,40 @@ def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapp
                 "config": dict(plan.config),
                 "notes": list(plan.notes),
                 "elements_left_out": dict(left_out[plan.target]),
+                "quantization": scale_summary(plan.quantization),
                 "files": [_file_summary(shards[number], reads[number]) for number in job.numbered(plan)],
             }
             for plan in job.plans
         ],
     }
+
+
+def scale_summary(quantization: Quantization | None) -> dict[str, Any] | None:
+    """How linears are quantised, where the scales come from and what it takes to find them; None when they are not."""
+    if quantization is None:
+        return None
+    entries = entries_of(quantization)
+    measured = [entry for entry in entries if entry.stored is None and entry.measured]
+    return {
+        **describe(quantization),
+        "num_scales_stored": sum(entry.stored is not None for entry in entries),
+        "num_scales_from_training": len(quantization.input_scales),
+        "num_scales_measured": sum(entry.size for entry in measured),
+        "bytes_measured": sum(entry.num_bytes for entry in measured),
+    }
+
+
+def _quantization_lines(facts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if facts is None:
+        return []
+    linears = ", ".join(f"{count} x {scheme}" for scheme, count in facts["linears"].items()) or "none"
+    cache = f"; KV cache {facts['kv_cache']}" if facts["kv_cache"] else ""
+    lines = [("quantised", f"{linears}{cache}; as {facts['origin']} says")]
+    if "num_scales_stored" in facts:
+        text = f"{facts['num_scales_stored']} read, {facts['num_scales_from_training']} of TransformerEngine's states"
+        cost = f" ({format_bytes(facts['bytes_measured'])} of weights read twice)" if facts["bytes_measured"] else ""
+        lines.append(("scales", f"{text}, {facts['num_scales_measured']} measured{cost}"))
+    return lines
 
 
 def _file_summary(shard: ShardPlan, bytes_read: int) -> dict[str, Any]:
@@ -164,6 +220,7 @@ def plan_text(summary: Mapping[str, Any]) -> str:
     lines = [table([("checkpoint", summary["source"]), ("plan", summary["digest"][:16])])]
     for target in summary["targets"]:
         head = [("target", target["name"]), ("model", f"{target['family']} -> {target['architecture']}")]
+        head += _quantization_lines(target["quantization"])
         files: list[tuple[object, ...]] = [("file", "tensors", "reads", "writes")]
         for file in target["files"]:
             sizes = format_bytes(file["bytes_read"]), format_bytes(file["bytes_written"])

@@ -21,8 +21,8 @@ KEPT = "scales.json"
 
 def find_scales(
     quantization: Quantization, index: CheckpointIndex, group: Group, *, device: str, updates: Updates, staging: Path | None
-) -> tuple[ScaleTable, int]:
-    """The scale table and the bytes this process read for it. All ranks call it, rank 0 with its staging folder.
+) -> tuple[ScaleTable, int, int]:
+    """The scale table, and the bytes that this process needed and read for it. All ranks call it, rank 0 with its staging folder.
 
     Each process finds its share, one MAX all-reduce (over NCCL where every rank has a GPU, `device`) makes the table. A table that an earlier run left in `staging` is
     taken as it is, so that a resumed run quantises with the very same scales. Raises `ExportError`.
@@ -31,15 +31,16 @@ def find_scales(
     found = kept.read_bytes() if kept is not None and kept.is_file() else b""
     found = group.broadcast("kept scales", found if group.rank == 0 else None)
     if found:
-        return ScaleTable.decode(found), 0
+        return ScaleTable.decode(found), 0, 0
     entries = entries_of(quantization)
     with closing(SourceFiles(index)) as sources:
         reader = ViewReader(sources, index.shapes(), updates)
-        values = find(entries, share(entries, group.rank, group.world_size), reader)
+        mine = share(entries, group.rank, group.world_size)
+        values = find(entries, mine, reader)
         table = table_of(entries, all_reduce_max(values, group, step="scales", device=device), quantization)
         if kept is not None:
             try:
                 kept.write_bytes(table.encode())
             except OSError as error:
                 raise write_error(kept, error) from error
-        return table, sources.num_bytes_read
+        return table, sum(entries[number].num_bytes_needed for number in mine), sources.num_bytes_read

@@ -291,7 +291,8 @@ class ExportSession:
     def _executor(
         self, outputs: Mapping[int, OutputFile], items: Sequence[WorkItem], fills: Sequence[Fill]
     ) -> Executor:
-        self.report.bytes_needed = sum(item.num_bytes_needed for item in items)
+        self.report.bytes_needed += sum(item.num_bytes_needed for item in items)
+        self.report.bytes_needed += sum(fill.num_bytes_needed for fill in fills)
         total = sum(item.num_bytes_written for item in items) + sum(fill.num_bytes_written for fill in fills)
         self.group.progress.add(total=total if self.options.local_staging is None else 2 * total)
         computed = [use for item in items for use in item.uses if not use.output.planned.moves_only]
@@ -325,7 +326,7 @@ class ExportSession:
         if quantization is None:
             return
         with self._phase("scales"):
-            self._table, num_bytes = find_scales(
+            self._table, needed, num_bytes = find_scales(
                 quantization,
                 self.checkpoint.index,
                 self.group,
@@ -333,6 +334,7 @@ class ExportSession:
                 updates=self.job.catalog.updates,
                 staging=self.staging.folder if self.staging is not None else None,
             )
+        self.report.bytes_needed += needed
         self.report.bytes_read += num_bytes
 
     def _device(self) -> str:

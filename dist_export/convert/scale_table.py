@@ -118,6 +118,11 @@ class Entry:
         return 0 if self.stored else sum(_num_bytes(each) for each in self.measured)
 
     @property
+    def num_bytes_needed(self) -> int:
+        """All source bytes to read for it."""
+        return _num_bytes(self.stored) if self.stored else self.num_bytes
+
+    @property
     def size(self) -> int:
         """How many numbers it is."""
         return self.num_rows or 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.views import Piece, Slab, View
 
+KEPT_BYTES, MOST_KEPT = 128 << 10, 16
 Raw = npt.NDArray[Any]
 """[rows, columns] of unsigned integers of the element's size."""
 
@@ -33,6 +36,9 @@ class ViewReader:
     """Global name -> (shape, dtype name)."""
     updates: Updates = field(default_factory=dict)
     """What adapters add to slabs: `row_blocks` gives them merged."""
+    _kept: OrderedDict[tuple[View, tuple[int, int] | None], Float32] = field(default_factory=OrderedDict)
+    """Small views read last: factors of columns are wanted again for every tile of a weight."""
+    _lock: Lock = field(default_factory=Lock)
     measured: Mapping[str, Float32] = field(default_factory=dict)
     """Slabs that are in no file: the amax of rows (`dist_export.models.quantization.row_slab`)."""
 
@@ -49,8 +55,19 @@ class ViewReader:
         return result
 
     def values(self, view: View, dtype: DType, rows: tuple[int, int] | None = None) -> Float32:
-        """The same as float32, which holds every value of narrower types."""
-        return to_float32(self.rows(view, dtype, rows), dtype)
+        """The same as float32, which holds every value of narrower types. Not to be changed."""
+        key = (view, rows)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        values = to_float32(self.rows(view, dtype, rows), dtype)
+        if values.nbytes <= KEPT_BYTES:
+            with self._lock:
+                self._kept[key] = values
+                if len(self._kept) > MOST_KEPT:
+                    self._kept.popitem(last=False)
+        return values
 
     def tensor(self, tensor: SourceTensor) -> Float32:
         """All of a small tensor as float32 ``[rows, columns]``."""

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +22,16 @@ from dist_export.targets.trtllm.releases import RELEASES
 from dist_export.targets.trtllm.target import NAME
 
 
-def add_option_arguments(parser: Any) -> None:
-    """How engine options are given, for either command."""
-    parser.add_argument("--engine-config", type=Path, metavar="FILE", help="YAML with options of trtllm-build")
-    parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE",
-                        help="one of them, such as max_batch_size=64; repeatable")  # fmt: skip
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``dist-export engine``. Flags of trtllm-build are taken as they are: ``--max_batch_size 64``."""
-    parser.usage = "%(prog)s OUTPUT ENGINES [options] [--max_batch_size N and other options of trtllm-build]"
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a published export for TensorRT-LLM")
-    parser.add_argument("engines", type=Path, metavar="ENGINES", help="folder of engines to create")
-    parser.add_argument("--overwrite", action="store_true", help="replace the engines at ENGINES")
-    add_option_arguments(parser)
-
-
-def option_flags(rest: list[str]) -> dict[str, object]:
-    """``["--max_batch_size", "64", "--strip_plan"]`` -> options by name. Raises `ExportError` for anything else."""
-    values: dict[str, object] = {}
-    words = list(rest)
-    while words:
-        flag = words.pop(0)
-        if not flag.startswith("--"):
-            raise ExportError(f"{flag}: expected an option of trtllm-build, such as --max_batch_size 64")
-        name, equals, value = flag[2:].partition("=")
-        if not equals and words and not words[0].startswith("--"):
-            value, equals = words.pop(0), "="
-        values[name.replace("-", "_")] = value if equals else "enable"
-    return values
-
-
-def request_of(
-    options: argparse.Namespace, output: Path, *, flags: Mapping[str, object] | None = None
-) -> EngineRequest:
+def request_of(options: argparse.Namespace, output: Path) -> EngineRequest:
     """What a command line asks for. Raises `ExportError` for options that do not exist."""
-    given = {**parse_assignments(options.engine_option), **(flags or {})}
+    flags = {name.removeprefix("engine:"): value for name, value in vars(options).items() if name.startswith("engine:")}
+    given = {**parse_assignments(options.engine_option), **flags}
     return EngineRequest(output.absolute(), read_options(options.engine_config, given), options.overwrite)
 
 
-def engine_command(options: argparse.Namespace, rest: list[str]) -> int:
+def engine_command(options: argparse.Namespace) -> int:
     """``dist-export engine``: alone, or as a rank that torchrun, srun or mpirun started. Returns the exit code."""
-    request = request_of(options, options.engines, flags=option_flags(rest))
+    request = request_of(options, options.engines)
     folder = trtllm_folder(options.output)
     manifest = _read(folder / publication.MANIFEST)
     config = _read(folder / publication.CONFIG)

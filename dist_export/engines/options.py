@@ -141,6 +141,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def option_flags() -> dict[str, bool]:
+    """Every option's name, and whether it is a switch."""
+    return {item.name: str(item.type).startswith("bool") for item in dataclasses.fields(EngineOptions)}
+
+
 def read_options(file: Path | None, given: Mapping[str, object]) -> EngineOptions:
     """Options of a YAML (or JSON) file, and single ones that replace them. Raises `ExportError`."""
     values: dict[str, object] = {}

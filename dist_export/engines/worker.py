@@ -1,4 +1,4 @@
-"""The process that builds one rank's engine: ``python -m dist_export.engines.worker``, with a JSON order on its input."""
+"""The process that builds one rank's engine: ``python -m dist_export.engines.worker``, its order as JSON on stdin."""
 
 from __future__ import annotations
 

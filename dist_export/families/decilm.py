@@ -220,8 +220,8 @@ def _sizes_come_back(model: ModelConfig) -> bool:
 def hf_notes(model: ModelConfig) -> tuple[str, ...]:
     """transformers has no such class."""
     return (
-        "the folder has no code of the model (configuration_decilm.py and what it imports), which transformers and vLLM "
-        "load from a published model of this kind: copy it in, and with it auto_map of its config.json",
+        "the folder has no code of the model (configuration_decilm.py and what it imports), which transformers and "
+        "vLLM load: copy it from a published model of this kind, and with it auto_map of its config.json",
     )
 
 

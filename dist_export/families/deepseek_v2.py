@@ -54,8 +54,8 @@ def hf_notes(model: ModelConfig) -> tuple[str, ...]:
         return deepseek_v3.hf_notes(model)
     return (
         *deepseek_v3.hf_notes(model),
-        "scores are scaled by yarn's mscale_all_dim; transformers' own DeepSeek-V2 leaves that out, DeepSeek's code and "
-        "vLLM compute it",
+        "scores are scaled by yarn's mscale_all_dim; transformers' own DeepSeek-V2 leaves that out, DeepSeek's code "
+        "and vLLM compute it",
     )
 
 

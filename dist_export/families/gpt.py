@@ -135,6 +135,7 @@ GPT = Family(
     name="gpt",
     description="LayerNorm: GPT-2, GPT-3 and their kin",
     unmet=unmet,
+    witnesses={"trtllm": "TensorRT-LLM 0.14's converter", "hf": "transformers"},
     source_rules=DENSE_GPT,
     architectures={
         "trtllm": (ENGINE,),

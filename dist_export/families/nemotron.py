@@ -56,6 +56,7 @@ NEMOTRON = Family(
     name="nemotron",
     description="zero-centred LayerNorm, squared ReLU, rope: GPT-Next, Nemotron-3/4, Minitron",
     unmet=unmet,
+    witnesses={"trtllm": "TensorRT-LLM 0.14's GPT converter, +1 on norms", "hf": "transformers"},
     source_rules=DENSE_GPT,
     architectures={
         "trtllm": (gpt.ENGINE,),

@@ -53,7 +53,7 @@ def refuse_quantised(config: ModelConfig) -> None:
     """Raise `ExportError` for a model that cannot be exported quantised."""
     found = [f"it {each.description}" for each in FEATURES if each in NOT_QUANTISED and each.found(config)]
     if found:
-        raise ExportError(f"a model of this kind cannot be exported quantised: {', '.join(found)}; export it in bfloat16")
+        raise ExportError(f"this model cannot be exported quantised: {', '.join(found)}; export it in bfloat16")
 
 
 def unsupported(config: ModelConfig, supported: frozenset[Feature]) -> list[str]:

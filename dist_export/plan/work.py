@@ -16,10 +16,11 @@ from itertools import pairwise
 
 from dist_export.errors import ExportError
 from dist_export.models.low_rank import LowRankUpdate, Updates
+from dist_export.plan.recipes import Encoded, Factors, Folded, Stored, StoredScales
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.tensors.boxes import Box, Shape
 from dist_export.tensors.dtypes import DType
-from dist_export.tensors.views import Piece, Slab
+from dist_export.tensors.views import Piece, Slab, View
 
 Rectangle = tuple[int, int, int, int]
 """First row, row end (exclusive), first column, column end (exclusive)."""
@@ -70,6 +71,22 @@ class Use:
         top, bottom, left, right = self.source
         return (bottom - top) * (right - left) * self.output.planned.source_dtype.itemsize
 
+    def num_scale_bytes(self, rows: tuple[int, int]) -> int:
+        """Bytes of quantisers' tensors that codes of those source rows need beside the weights."""
+        recipe = self.output.planned.recipe
+        if not isinstance(recipe, Encoded):
+            return 0
+        top, bottom, left, right = _clipped(self.source, rows)
+        total, scales = 0, recipe.scales
+        if isinstance(scales, StoredScales):
+            size = self.output.width // scales.view.shape[-1]  # columns per scale
+            total += (bottom - top) * -(-(right - left) // size) * scales.dtype.itemsize
+        elif isinstance(scales, Factors):
+            total += (right - left) * scales.dtype.itemsize
+        if recipe.smoothing is not None:
+            total += (right - left) * recipe.smoothing.dtype.itemsize
+        return total
+
     def num_bytes_written(self, rows: tuple[int, int]) -> int:
         """Target bytes made of those source rows."""
         down, across = self.output.planned.packing
@@ -88,6 +105,18 @@ class Fill:
     def num_bytes_written(self) -> int:
         return self.num_elements * self.output.planned.dtype.itemsize
 
+    @property
+    def num_bytes_needed(self) -> int:
+        """Source bytes that a small tensor is made of; zeros need none."""
+        planned = self.output.planned
+        recipe = planned.recipe
+        if isinstance(recipe, Stored):
+            times = recipe.times
+            return _view_bytes(recipe.view, recipe.dtype) + (_view_bytes(times.view, times.dtype) if times else 0)
+        if isinstance(recipe, Folded):
+            return _view_bytes(planned.view, planned.source_dtype) + _view_bytes(recipe.factor, recipe.factor_dtype)
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
@@ -103,9 +132,10 @@ class WorkItem:
 
     @property
     def num_bytes_needed(self) -> int:
-        """Source bytes that some use needs, each counted once, and those of the adapters."""
+        """Source bytes that some use needs, each counted once, and those of adapters and of scales beside them."""
         adapters = self.update.num_bytes(self.rows) if self.update else 0
-        return _union_area([self.needed(use) for use in self.uses]) * self.dtype.itemsize + adapters
+        scales = sum(use.num_scale_bytes(self.rows) for use in self.uses)
+        return _union_area([self.needed(use) for use in self.uses]) * self.dtype.itemsize + adapters + scales
 
     def needed(self, use: Use) -> Rectangle:
         """The part of a use that lies in these rows."""
@@ -119,6 +149,10 @@ class WorkItem:
     def row_step(self) -> int:
         """Rows that may not be torn apart, since some use stores them in one byte."""
         return max(use.output.planned.packing[0] for use in self.uses)
+
+
+def _view_bytes(view: View, dtype: DType) -> int:
+    return sum(piece.box.num_elements for piece in view.pieces if piece.slab is not None) * dtype.itemsize
 
 
 def flat_shape(shape: Shape) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from dist_export.plan.layout import TargetLayout
 from dist_export.plan.quantize import LinearQuantizer
 from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.targets.trtllm import quantization as quantized
-from dist_export.targets.trtllm.build_command import build_command
 from dist_export.targets.trtllm.architecture import EngineModel, choose_engine
+from dist_export.targets.trtllm.build_command import build_command
 from dist_export.targets.trtllm.config import ServingOptions, build_config, engine_faults, model_notes
 from dist_export.targets.trtllm.quantization_config import notes_of, quantization_config
 from dist_export.targets.trtllm.releases import RELEASES, check_config, described, parse_release, split_layers
