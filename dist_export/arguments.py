@@ -92,9 +92,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the engines at ENGINES")
     _add_engine_options(parser)
     for name, is_switch in option_flags().items():
-        more = {"nargs": "?", "const": "enable"} if is_switch else {}
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*spellings, dest=f"engine:{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **more)
+        flag = parser.add_argument(*spellings, dest=f"engine:{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if is_switch:
+            flag.nargs, flag.const = "?", "enable"
 
 
 def _add_engine_options(parser: argparse._ActionsContainer) -> None:

@@ -20,12 +20,19 @@ KEPT = "scales.json"
 
 
 def find_scales(
-    quantization: Quantization, index: CheckpointIndex, group: Group, *, device: str, updates: Updates, staging: Path | None
+    quantization: Quantization,
+    index: CheckpointIndex,
+    group: Group,
+    *,
+    device: str,
+    updates: Updates,
+    staging: Path | None,
 ) -> tuple[ScaleTable, int, int]:
-    """The scale table, and the bytes that this process needed and read for it. All ranks call it, rank 0 with its staging folder.
+    """The scale table, and the bytes that this process needed and read for it.
 
-    Each process finds its share, one MAX all-reduce (over NCCL where every rank has a GPU, `device`) makes the table. A table that an earlier run left in `staging` is
-    taken as it is, so that a resumed run quantises with the very same scales. Raises `ExportError`.
+    All ranks call it, rank 0 with its staging folder. Each process finds its share, one MAX all-reduce (over NCCL where
+    every rank has a GPU, `device`) makes the table. A table that an earlier run left in `staging` is taken
+    as it is, so that a resumed run quantises with the very same scales. Raises `ExportError`.
     """
     kept = staging / KEPT if staging is not None else None
     found = kept.read_bytes() if kept is not None and kept.is_file() else b""

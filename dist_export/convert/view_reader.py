@@ -36,11 +36,11 @@ class ViewReader:
     """Global name -> (shape, dtype name)."""
     updates: Updates = field(default_factory=dict)
     """What adapters add to slabs: `row_blocks` gives them merged."""
+    measured: Mapping[str, Float32] = field(default_factory=dict)
+    """Slabs that are in no file: the amax of rows (`dist_export.models.quantization.row_slab`)."""
     _kept: OrderedDict[tuple[View, tuple[int, int] | None], Float32] = field(default_factory=OrderedDict)
     """Small views read last: factors of columns are wanted again for every tile of a weight."""
     _lock: Lock = field(default_factory=Lock)
-    measured: Mapping[str, Float32] = field(default_factory=dict)
-    """Slabs that are in no file: the amax of rows (`dist_export.models.quantization.row_slab`)."""
 
     def rows(self, view: View, dtype: DType, rows: tuple[int, int] | None = None) -> Raw:
         """Rows of a view taken as a matrix ``[rows, last dim]`` (all of them by default), raw."""

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from dist_export.errors import ExportError
 from dist_export.models.low_rank import LowRankUpdate, Updates
+from dist_export.models.quantization import is_row_slab
 from dist_export.plan.recipes import Encoded, Factors, Folded, Stored, StoredScales
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.tensors.boxes import Box, Shape
@@ -78,7 +79,7 @@ class Use:
             return 0
         top, bottom, left, right = _clipped(self.source, rows)
         total, scales = 0, recipe.scales
-        if isinstance(scales, StoredScales):
+        if isinstance(scales, StoredScales) and not _is_measured(scales.view):
             size = self.output.width // scales.view.shape[-1]  # columns per scale
             total += (bottom - top) * -(-(right - left) // size) * scales.dtype.itemsize
         elif isinstance(scales, Factors):
@@ -152,7 +153,13 @@ class WorkItem:
 
 
 def _view_bytes(view: View, dtype: DType) -> int:
-    return sum(piece.box.num_elements for piece in view.pieces if piece.slab is not None) * dtype.itemsize
+    found = (piece for piece in view.pieces if piece.slab is not None and not is_row_slab(piece.slab))
+    return sum(piece.box.num_elements for piece in found) * dtype.itemsize
+
+
+def _is_measured(view: View) -> bool:
+    """Whether scales are in no file, but measured on the weights before anything is written."""
+    return any(piece.slab is not None and is_row_slab(piece.slab) for piece in view.pieces)
 
 
 def flat_shape(shape: Shape) -> tuple[int, int]:

@@ -150,8 +150,11 @@ def _load(folder: Path, dtype: torch.dtype, *, decoded: bool = False) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            **(_decoded(folder, transformers) if decoded and is_quantised(folder) else {_FOLDER: folder}),
+        model_class, what = transformers.AutoModelForCausalLM, {_FOLDER: folder}
+        if decoded and is_quantised(folder):
+            model_class, what = _decoded(folder, transformers)
+        model, info = model_class.from_pretrained(
+            **what,
             torch_dtype=dtype,
             output_loading_info=True,
             local_files_only=True,
@@ -175,11 +178,15 @@ def _load(folder: Path, dtype: torch.dtype, *, decoded: bool = False) -> Any:
 _FOLDER = "pretrained_model_name_or_path"
 
 
-def _decoded(folder: Path, transformers: Any) -> dict[str, Any]:
-    """The model's configuration as if it were not quantised, and its decoded weights."""
+def _decoded(folder: Path, transformers: Any) -> tuple[Any, dict[str, Any]]:
+    """The model's class, its configuration as if it were not quantised, and its decoded weights."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
-    return {_FOLDER: None, "config": config, "state_dict": decoded_state(folder)}
+    name = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ExportError(f"{folder}: transformers {transformers.__version__} has no {name}")
+    return model_class, {_FOLDER: None, "config": config, "state_dict": decoded_state(folder)}
 
 
 def _further_layers(config: Any) -> tuple[str, ...]:

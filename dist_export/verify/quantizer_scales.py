@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import numpy as np
@@ -61,7 +61,10 @@ class QuantizerScales:
         """Amax of a module's whole weight: the stored one, else as it was measured."""
         if module in self.measured:
             return single(self.measured[module])
-        return _only(self.stored(module, Quantizer.WEIGHT, Quantity.AMAX, self._level(module)), module)
+        amax = _only(self.stored(module, Quantizer.WEIGHT, Quantity.AMAX, self._level(module)), module)
+        if amax == 0:  # calibration never saw it
+            amax = self.measured[module] = self._measure(module)
+        return amax
 
     def input_scale(self, module: ModuleName) -> np.float32:
         """Scale of the activations of a module, by its own form's divisor."""
@@ -69,8 +72,21 @@ class QuantizerScales:
             return single(self.quantization.input_scales[module])
         form = self.form(module)
         assert form is not None, f"{module} is not quantised"
-        amax = _only(self.stored(module, Quantizer.INPUT, Quantity.AMAX), module)
+        amax = self._input_amax(module)
+        if not amax and module.expert >= 0:  # it saw no token: the largest of the layer's other experts
+            amax = max(self._input_amax(other) for other in self._experts_of(module))
+        if not amax:
+            raise ExportError(f"{module}: the checkpoint has no amax of its inputs")
         return single(amax / np.float32(form.inputs))
+
+    def _input_amax(self, module: ModuleName) -> np.float32:
+        """0 where none is stored."""
+        found = self.quantization.tensors.find(module, Quantizer.INPUT, Quantity.AMAX)
+        return single(0) if found is None else _only(self._read(found), module)
+
+    def _experts_of(self, module: ModuleName) -> list[ModuleName]:
+        experts = range(self.quantization.logical.config.num_experts)
+        return [replace(module, expert=expert) for expert in experts]
 
     def is_compressed(self, module: ModuleName) -> bool:
         """Whether the checkpoint stores the codes of a module's weight, not the weight."""
@@ -101,7 +117,11 @@ class QuantizerScales:
         return self.quantization.tensors.find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE) is not None
 
     def kv_amax(self, layer: int, quantizer: Quantizer) -> np.float32:
-        """Of a layer's keys or values."""
+        """Of a layer's keys or values. Those that training kept are scales of FP8: 448 of them."""
+        part = "key" if quantizer is Quantizer.KEY else "value"
+        kept = self.quantization.input_scales.get(ModuleName(f"{ATTENTION}.{part}", layer))
+        if kept is not None:
+            return single(np.float32(kept) * np.float32(448))
         return _only(self.stored(ModuleName(ATTENTION, layer), quantizer, Quantity.AMAX), f"layer {layer}")
 
     def row_amax(self, module: ModuleName, weight: SourceTensor, *, in_order: bool = True) -> Float32:

@@ -108,3 +108,17 @@ def test_two_targets_in_one_pass_read_no_source_byte_twice(tmp_path: Path, num_p
     weights = sum(tensor.nbytes for tensor in model.tensors.values())
     assert sum(each["bytes_read"] for each in statistics) <= 1.02 * weights
     assert sum(each["bytes_written"] for each in statistics) > 1.9 * weights
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("scheme", ["int8_sq", "int4_awq", "nvfp4"])
+def test_scales_are_needed_and_read_like_weights(
+    scheme: str, num_processes: int, quantized_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Amax of rows and blocks lie beside the weights; of the heads of records each process reads its own."""
+    options = ("--tp", 1, "--num-processes", num_processes)
+    processes = export_statistics(quantized_checkpoints[scheme], tmp_path / "out", *options)
+    heads = 8192 * 60 * num_processes
+    needed, read = (sum(process[key] for process in processes) for key in ("bytes_needed", "bytes_read"))
+    print(f"{scheme}, {num_processes} processes: needed {needed}, read {read}")
+    assert needed <= read <= needed + heads

@@ -187,6 +187,9 @@ def test_w4a8_is_of_tensorrt_llm_alone(tmp_path: Path) -> None:
     levels = {"weight_quantizer.0": INT4, "weight_quantizer.1": properties((4, 3))}
     for name in model.linears:
         model.modelopt(name, **levels, input_quantizer=properties((4, 3), buffers=("_amax", "_pre_quant_scale")))
+        model.amax(name, "weight_quantizer.0", torch.ones(len(model.weight(name)), 1))
+        model.amax(name, "weight_quantizer.1", 3.0)
+        model.amax(name, "input_quantizer", 3.0)
     with pytest.raises(ExportError, match=r"compressed-tensors has no form for W4A8_AWQ; give --hf-quan.* modelopt"):
         exported(model.write(tmp_path / "c"), tmp_path / "a", "compressed-tensors")
 
