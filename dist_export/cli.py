@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (`dist_export.runtime.exit_codes`)."""
     options = build_parser().parse_args(arguments)
     commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "report": _report}
-    commands |= {"engine": _engine, "families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
+    commands |= {"families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
+    commands |= {"engine": _engine}
     try:
         return commands[options.command](options)
     except ExportError as error:

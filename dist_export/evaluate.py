@@ -89,7 +89,9 @@ def perplexity(runner: Runner, sequences: Sequence[list[int]], *, batch_size: in
     return (math.exp(mean) if mean < 700 else math.inf), count
 
 
-def rouge(runner: Runner, samples: Sequence[Sample], tokenizer: Any, prompt: str, options: GenerationOptions) -> dict[str, float]:
+def rouge(
+    runner: Runner, samples: Sequence[Sample], tokenizer: Any, prompt: str, options: GenerationOptions
+) -> dict[str, float]:
     """Mean ROUGE F measures of summaries that a model writes.
 
     `prompt` has ``{text}`` where the text goes; texts are cut so that the summary still fits.
@@ -140,7 +142,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
 
 
 def _scores(
-    runner: Runner, sequences: Sequence[list[int]], samples: Sequence[Sample], tokenizer: Any, options: argparse.Namespace
+    runner: Runner,
+    sequences: Sequence[list[int]],
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    options: argparse.Namespace,
 ) -> Scores:
     value, count = perplexity(runner, sequences, batch_size=options.batch_size)
     scores: dict[str, float] = {}

@@ -16,6 +16,7 @@ import torch
 
 from dist_export import texts
 from dist_export.errors import ExportError
+from dist_export.generate_engine import generate_with_engine, is_engine
 from dist_export.generate_runners import Runner, open_export
 from dist_export.runtime import exit_codes
 
@@ -81,18 +82,21 @@ def generate_command(options: argparse.Namespace) -> int:
     chosen = GenerationOptions(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed, stop_token=stop
     )
-    runner, results = open_export(folder), []
-    for number, prompt in enumerate(prompts):
-        new = generate(runner, prompt, chosen)
-        text = None if tokenizer is None else tokenizer.decode(new)
-        results.append({"prompt": options.prompt[number] if options.prompt else None, "tokens": list(prompt)})
-        results[-1] |= {"new_tokens": new, "text": text}
-    if options.json:
-        print(json.dumps({"runner": runner.name, "results": results}, indent=1))
+    if is_engine(folder):
+        name, continued = "TensorRT-LLM engine", generate_with_engine(folder, prompts, chosen)
     else:
-        for result in results:
-            shown = result["text"] if result["text"] is not None else " ".join(map(str, result["new_tokens"]))
-            print(f"{result['prompt']}{shown}" if result["prompt"] is not None else shown)
+        runner = open_export(folder)
+        name, continued = runner.name, [generate(runner, prompt, chosen) for prompt in prompts]
+    results = []
+    for number, new in enumerate(continued or []):
+        text = None if tokenizer is None else tokenizer.decode(new)
+        prompt_text = options.prompt[number] if options.prompt else None
+        if not options.json:
+            shown = text if text is not None else " ".join(map(str, new))
+            print(shown if prompt_text is None else f"{prompt_text}{shown}")
+        results.append({"prompt": prompt_text, "tokens": list(prompts[number]), "new_tokens": new, "text": text})
+    if options.json and continued is not None:
+        print(json.dumps({"runner": name, "results": results}, indent=1))
     return exit_codes.OK
 
 

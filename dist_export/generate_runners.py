@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +17,8 @@ from dist_export.api import OpenedModel
 from dist_export.errors import ExportError
 
 
-class Runner(Protocol):
+@dataclass(frozen=True, slots=True)
+class Runner:
     """A model, ready to be run."""
 
     name: str
@@ -26,65 +26,12 @@ class Runner(Protocol):
     vocab_size: int
     """Without padding."""
     max_positions: int
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[batch, position, vocabulary] in float32 of token ids [batch, position]."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrtllmRunner:
-    """A TensorRT-LLM export in the reference interpreter."""
-
-    model: Any
-    name: str = "reference interpreter of TensorRT-LLM"
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
-
-    @property
-    def max_positions(self) -> int:
-        return int(self.model.config.raw.get("max_position_embeddings") or 1 << 30)
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.model.logits(tokens)
-        return found
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    """Token ids [batch, position] -> [batch, position, vocabulary] in float32."""
 
 
-@dataclass(frozen=True, slots=True)
-class HuggingFaceRunner:
-    """A Hugging Face export in transformers."""
-
-    model: Any
-    name: str = "transformers"
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
-
-    @property
-    def max_positions(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            found: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits.float()
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class MegatronRunner:
-    """A checkpoint in Megatron-Core."""
-
-    model: Any
-    vocab_size: int
-    max_positions: int
-    name: str = "Megatron-Core"
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        from dist_export.verify.megatron_adapter import forward
-
-        return forward(self.model, tokens)[..., : self.vocab_size].float()
+UNLIMITED = 1 << 30
+"""Positions of a model whose configuration names no limit."""
 
 
 def open_export(folder: Path) -> Runner:
@@ -92,10 +39,20 @@ def open_export(folder: Path) -> Runner:
     if export_kind(folder) == "trtllm":
         from dist_export.verify.trtllm_interpreter import TrtllmModel
 
-        return TrtllmRunner(TrtllmModel.open(folder))
+        engine = TrtllmModel.open(folder)
+        positions = int(engine.config.raw.get("max_position_embeddings") or UNLIMITED)
+        return Runner("TensorRT-LLM reference interpreter", engine.config.vocab_size, positions, engine.logits)
     from dist_export.verify.huggingface_adapter import load_decoded
 
-    return HuggingFaceRunner(load_decoded(folder))
+    model = load_decoded(folder)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits.float()
+        return found
+
+    positions = int(getattr(model.config, "max_position_embeddings", None) or UNLIMITED)
+    return Runner("transformers", int(model.config.vocab_size), positions, logits)
 
 
 def export_kind(folder: Path) -> str:
@@ -122,10 +79,14 @@ def open_checkpoint_model(model: OpenedModel) -> Iterator[Runner]:
     Called in one process without a torch process group. Raises `ExportError` for quantised checkpoints and for what
     Megatron-Core cannot build here.
     """
-    from dist_export.verify.megatron_adapter import loaded_model
+    from dist_export.verify.megatron_adapter import forward, loaded_model
 
     if any(True for _ in model.quantizers.catalog.patterns()):
         raise ExportError(f"{model.checkpoint.index.origin}: ModelOpt has quantised it; give the one before that")
     config = model.resolved.config
     with loaded_model(model.checkpoint.index, config, dtype=torch.float32) as gpt:
-        yield MegatronRunner(gpt, config.vocab_size, config.max_position_embeddings)
+
+        def logits(tokens: torch.Tensor) -> torch.Tensor:
+            return forward(gpt, tokens)[..., : config.vocab_size].float()
+
+        yield Runner("Megatron-Core", config.vocab_size, config.max_position_embeddings, logits)

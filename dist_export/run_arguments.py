@@ -16,7 +16,7 @@ GPU; give the export --kv-cache-scale, or a checkpoint that ModelOpt calibrated 
 
 
 GENERATE = """Tokens that an export continues a prompt with, computed in float32 on the CPU: by a reference interpreter for
-a TensorRT-LLM folder, by transformers for a Hugging Face folder. Quantised weights are decoded first; activations are not
+a TensorRT-LLM folder, by transformers for a Hugging Face folder; of a folder of engines by those, on their GPU. Quantised weights are decoded first; activations are not
 rounded. At temperature 0 the result is the same for every target. To look at an export, not to serve it: the whole text is
 run again for every token."""
 EVALUATE = """Perplexity on texts, and ROUGE of the export's summaries where the data has summaries, beside the same numbers
@@ -46,7 +46,8 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of a generation."""
     parser.description = GENERATE
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a finished export, TensorRT-LLM or Hugging Face")
+    parser.add_argument("output", type=Path, metavar="OUTPUT",
+                        help="a finished export, TensorRT-LLM or Hugging Face, or a folder of engines")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a text to go on with; repeatable")
     what.add_argument("--tokens", action="append", metavar="IDS", help="token ids with commas or spaces; repeatable")
@@ -55,7 +56,6 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest token")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, where temperature is above 0")
     parser.add_argument("--stop-token", type=int, metavar="ID", help="default: the tokenizer's end of text")
-    parser.add_argument("--reference", action="store_true", help="do not run an engine, though there is one")
     parser.add_argument("--json", action="store_true", help="print prompts, token ids and texts as JSON")
 
 

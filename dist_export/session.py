@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dist_export import __version__, export_report
+from dist_export import __version__
 from dist_export.agreement import Agreement
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.execute import Budget, Converter, Executor, TensorEncoder
@@ -24,8 +24,8 @@ from dist_export.convert.profile import Profile
 from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
+from dist_export.documents import write_documents
 from dist_export.errors import ExportError
-from dist_export.export_report import render_folder
 from dist_export.local_staging import local_folder, make_local_folder, read_token, remove_local_folder, write_token
 from dist_export.manifest import (
     CollectedReports,
@@ -39,15 +39,14 @@ from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, work_of
 from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
-from dist_export.quantization_report import REPORT, quantization_report
+from dist_export.quantization_report import quantization_report
 from dist_export.runtime import publication
-from dist_export.runtime.failure import PeerFailedError
+from dist_export.runtime.failure import PeerFailedError, is_resumable
 from dist_export.runtime.group import Group
 from dist_export.runtime.usage import Usage, physical_memory
 from dist_export.runtime.world import node_name
 from dist_export.scale_phase import KEPT, find_scales
 from dist_export.staged_files import StagedFiles
-from dist_export.targets.huggingface.reference import without_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,26 +379,11 @@ class ExportSession:
             manifest["request"] = self._request_of(plan)
             manifest["fingerprint"] = self._fingerprint()
             manifest["run"] = {"processes": run_statistics(collected.reports)}
-            self._write_quantization_report(folder / plan.folder, plan, manifest, collected)
-            for name, source in plan.copies.items():
-                publication.write_file(folder / plan.folder / name, without_code(name, source.read_bytes()))
-            for name, document in {publication.MANIFEST: manifest, **plan.documents()}.items():
-                text = json.dumps(document, indent=2) + "\n"
-                publication.write_file(folder / plan.folder / name, text.encode())
-            page = render_folder(folder / plan.folder, shown_as=self.options.output / plan.folder)
-            publication.write_file(folder / plan.folder / export_report.NAME, page.encode())
-            publication.sync_folder(folder / plan.folder)
+            table = self._table or ScaleTable({}, {}, {})
+            report = quantization_report(plan, self.job.numbered(plan), collected.qualities, table)
+            shown_as = self.options.output / plan.folder
+            write_documents(folder / plan.folder, plan, manifest, quantization=report, shown_as=shown_as)
         self.staging.publish()
-
-    def _write_quantization_report(
-        self, folder: Path, plan: ExportPlan, manifest: dict[str, object], collected: CollectedReports
-    ) -> None:
-        """Beside the tensors, named in the manifest."""
-        table = self._table or ScaleTable({}, {}, {})
-        report = quantization_report(plan, self.job.numbered(plan), collected.qualities, table)
-        if report is not None:
-            publication.write_file(folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
-            manifest["quantization_report"] = REPORT
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -410,13 +394,6 @@ class ExportSession:
         self.report.seconds[name] = ended - begun
         if self.profile.enabled:
             self.profile.add(name, begun, ended)
-
-
-def is_resumable(error: BaseException) -> bool:
-    """Whether what was written is worth keeping: the run was stopped, rather than its input being at fault."""
-    if isinstance(error, PeerFailedError):
-        return error.failure.kind != "input"
-    return not isinstance(error, ExportError)
 
 
 @dataclass(frozen=True, slots=True)

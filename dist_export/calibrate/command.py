@@ -14,6 +14,7 @@ from dist_export.errors import ExportError
 from dist_export.quantization import QuantizationOptions
 from dist_export.runtime import exit_codes
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationOptions:
     """How to calibrate."""
@@ -57,6 +58,10 @@ def calibrate(source: api.Source, path: Path, options: CalibrationOptions) -> tu
     """
     model = api.open_model(source)
     config = model.resolved.config
+    if any(True for _ in model.quantizers.catalog.patterns()):
+        raise ExportError(
+            f"{source.checkpoint}: is quantised already; `dist-export export` takes it as it was calibrated"
+        )
     samples = texts.read_samples(options.data, limit=options.num_samples, text_field=options.text_field)
     needed = any(sample.tokens is None for sample in samples) and options.tokenizer is not None
     tokenizer = texts.load_tokenizer(options.tokenizer) if needed and options.tokenizer else None

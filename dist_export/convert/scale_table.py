@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
+from dist_export.convert.numpy_arithmetic import to_float32
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceTensor
@@ -266,13 +267,22 @@ def _measure(weights: Sequence[SourceTensor], reader: ViewReader) -> np.float32:
     largest = np.float32(0)
     for weight in weights:
         for block in reader.row_blocks(weight, MEASURE_BYTES):
-            largest = np.maximum(largest, np.abs(block).max(initial=np.float32(0)))  # keeps NaN
+            largest = np.maximum(largest, _magnitudes(block, weight, axis=None))  # keeps NaN
     return _float32(largest)
 
 
 def _measure_rows(entry: Entry, reader: ViewReader) -> Float32:
-    blocks = (np.abs(block).max(axis=1) for block in reader.row_blocks(entry.measured[0], MEASURE_BYTES))
+    (weight,) = entry.measured
+    blocks = (_magnitudes(block, weight, axis=1) for block in reader.row_blocks(weight, MEASURE_BYTES))
     return np.concatenate(list(blocks))
+
+
+def _magnitudes(raw: npt.NDArray[Any], weight: SourceTensor, *, axis: int | None) -> Float32:
+    """Largest magnitudes. Without their sign floats are ordered like their bits, NaN above infinity, which spares the
+    conversion of all of them."""
+    dtype = dtype_by_name(weight.dtype)
+    sign = raw.dtype.type(1 << (8 * dtype.itemsize - 1))
+    return to_float32(np.asarray((raw & ~sign).max(axis=axis, initial=0)), dtype)
 
 
 def _num_bytes(tensor: SourceTensor) -> int:

@@ -73,8 +73,8 @@ class ViewReader:
         """All of a small tensor as float32 ``[rows, columns]``."""
         return self.values(View.of(tensor.slab, tensor.shape), dtype_by_name(tensor.dtype))
 
-    def row_blocks(self, tensor: SourceTensor, num_bytes: int) -> Iterator[Float32]:
-        """A tensor from top to bottom, about `num_bytes` of it at a time."""
+    def row_blocks(self, tensor: SourceTensor, num_bytes: int) -> Iterator[Raw]:
+        """A tensor from top to bottom, about `num_bytes` of it at a time, raw."""
         dtype, view = dtype_by_name(tensor.dtype), View.of(tensor.slab, tensor.shape)
         num_rows, width = flat_shape(tensor.shape)
         step = max(num_bytes // (width * dtype.itemsize), 1)
@@ -85,7 +85,7 @@ class ViewReader:
             if update is not None:
                 item = WorkItem(tensor.slab, tensor.shape, dtype, rows, (), update)
                 merger.merge(Tile(item, rows, (), ()), [(0, raw)])
-            yield to_float32(raw, dtype)
+            yield raw
 
     def _piece(self, piece: Piece, dtype: DType, rows: tuple[int, int]) -> Raw:
         """Some of the rows of a piece."""

@@ -66,11 +66,14 @@ def prepare(request: EngineRequest, config: Mapping[str, Any], valid: Sequence[s
     return gpus
 
 
-def build_engines(folder: Path, request: EngineRequest, group: Group, gpus: Sequence[Gpu]) -> None:
+def build_engines(
+    folder: Path, request: EngineRequest, group: Group, gpus: Sequence[Gpu], *, hint: str = ""
+) -> None:
     """Build and publish the engines of the export in `folder`. All ranks of the group call it.
 
     Every process builds the target ranks rank, rank + world_size, …: one at a time on the GPU of its own; a process
-    alone builds on all GPUs at a time (`EngineOptions.workers`). Raises `ExportError` with the end of the build's log.
+    alone builds on all GPUs at a time (`EngineOptions.workers`). Raises `ExportError` with the end of the build's log and
+    `hint`, what to do then.
     """
     release_memory()
     config = json.loads((folder / publication.CONFIG).read_text())
@@ -88,10 +91,11 @@ def build_engines(folder: Path, request: EngineRequest, group: Group, gpus: Sequ
             _publish(staging, world_size, dry_run=request.options.dry_run)
     except BaseException as error:
         if isinstance(error, ExportError):
+            error = ExportError(f"{error}\n{hint}" if hint else str(error))
             group.fail(error)
         if staging is not None:
             staging.abandon(keep=False)
-        raise
+        raise error
     group.barrier("engines published")
 
 

@@ -59,12 +59,8 @@ def prepare_job(request: EngineRequest, job: ExportJob) -> list[Gpu]:
 def build_after_export(request: EngineRequest, job: ExportJob, output: Path, group: Group, gpus: list[Gpu]) -> None:
     """After an export was published. All ranks call it. A failure says how to go on from the export."""
     plan = next(plan for plan in job.plans if plan.target == NAME)
-    try:
-        build_engines(output / plan.folder, request, group, gpus)
-    except ExportError as error:
-        raise ExportError(
-            f"{error}\nthe export itself is whole: build again with dist-export engine {output} {request.output}"
-        ) from error
+    hint = f"the export itself is whole: build again with dist-export engine {output} {request.output}"
+    build_engines(output / plan.folder, request, group, gpus, hint=hint)
     if group.rank == 0:
         print(closing_text(request), flush=True)
 

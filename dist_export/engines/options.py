@@ -117,10 +117,10 @@ PLUGIN_FIELDS = (
 SINCE: Mapping[str, Span] = {
     "kv_cache_type": Span("0.13"),
     "fast_build": Span("0.13"),
-    "low_latency_gemm_plugin": Span("0.14"),
+    "low_latency_gemm_plugin": Span("0.13"),
     "use_fused_mlp": Span("0.13"),
     "user_buffer": Span("0.16"),
-    "pp_reduce_scatter": Span("0.16"),
+    "pp_reduce_scatter": Span("0.15"),
 }
 """Options that only some releases have; all others are in every release."""
 

@@ -109,3 +109,10 @@ def _shortened(message: str) -> str:
         return message
     half = MAX_MESSAGE // 2
     return f"{message[:half]}\n… {len(message) - 2 * half} characters left out …\n{message[-half:]}"
+
+
+def is_resumable(error: BaseException) -> bool:
+    """Whether what was written is worth keeping: the run was stopped, rather than its input being at fault."""
+    if isinstance(error, PeerFailedError):
+        return error.failure.kind != "input"
+    return not isinstance(error, ExportError)

@@ -1,18 +1,22 @@
-"""Engines through the command line. TensorRT-LLM and its ``build()`` are the stand-in of `stand_in`: no engine is made."""
+"""Engines through the command line. TensorRT-LLM and its ``build()`` are stand-ins (support/engine_stand_in.py)."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
-from engines import stand_in  # noqa: E402
-from support.exports import export, run_command  # noqa: E402
-from support.small_models import LLAMA, small_model  # noqa: E402
-from support.torch_dist import write_torch_dist  # noqa: E402
+from support import engine_stand_in as stand_in
+from support.exports import REPOSITORY, export, run_command
+from support.small_models import LLAMA, small_model
+from support.torch_dist import write_torch_dist
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +89,8 @@ def test_a_build_that_fails_publishes_nothing_and_says_why(
 
 
 def test_torchrun_ranks_build_each_their_own(exported: Path, tmp_path: Path, here: dict[str, str]) -> None:
-    import subprocess
-    import sys
-
-    from support.exports import REPOSITORY
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dist_export"]
     command += ["engine", str(exported), str(tmp_path / "engines")]
-    import os
-
     process = subprocess.run(
         command, cwd=REPOSITORY, env={**os.environ, **here}, capture_output=True, text=True, timeout=120
     )
@@ -129,8 +126,6 @@ def test_an_engine_that_cannot_be_built_stops_the_run_before_any_weight_is_read(
         "export", checkpoint, tmp_path / "out", "--build-engine", tmp_path / "engines", *options, env=environment
     )
     assert process.returncode == 2
-    import re
-
     assert re.search(message, process.stderr), process.stderr
     assert not (tmp_path / "out").exists()
     assert stand_in.calls_in(tmp_path) == []
@@ -157,7 +152,8 @@ def test_engines_of_what_is_no_export_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_that_is_printed_fits_the_model(checkpoint: Path, tmp_path: Path) -> None:
-    process = run_command("export", checkpoint, tmp_path / "out", "--tp", 2, "--kv-cache", "int8", "--kv-cache-scale", 0.1)
+    cache = ("--kv-cache", "int8", "--kv-cache-scale", 0.1)
+    process = run_command("export", checkpoint, tmp_path / "out", "--tp", 2, *cache)
     assert process.returncode == 0, process.stderr
     command = process.stdout.rpartition("next: ")[2].split()
     assert command[:3] == ["trtllm-build", "--checkpoint_dir", f"{tmp_path}/out"]

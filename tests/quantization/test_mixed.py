@@ -101,6 +101,35 @@ def test_two_schemes_in_one_model(tmp_path: Path) -> None:
     assert tensors["transformer.layers.0.mlp.fc.weight"].dtype == torch.float8_e4m3fn
 
 
+def test_two_schemes_in_a_hugging_face_folder(tmp_path: Path) -> None:
+    """vLLM looks up every linear; fused ones by their parts."""
+    checkpoint = two_schemes().write(tmp_path / "c")
+    output = export_quantized(checkpoint, tmp_path / "o", HuggingFaceOptions(), exclude=("decoder.layers.1.mlp.*",))
+    layers: dict[str, Any] = {
+        f"model.layers.{layer}.self_attn.{name}_proj": {"quant_algo": "FP8"} for layer in range(2) for name in "qkvo"
+    }
+    layers |= {f"model.layers.0.mlp.{name}_proj": {"quant_algo": "FP8"} for name in ("gate", "up")}
+    layers["model.layers.0.mlp.down_proj"] = {"quant_algo": "NVFP4", "group_size": 16}
+    table = json.loads((output / "hf_quant_config.json").read_text())["quantization"]
+    entry: Any = config_of(output)["quantization_config"]
+    assert table["quant_algo"] == entry["quant_algo"] == "MIXED_PRECISION"
+    assert table["quantized_layers"] == entry["quantized_layers"] == layers
+    ignored = ["lm_head", "model.embed_tokens", *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))]
+    assert sorted(table["exclude_modules"]) == sorted(entry["ignore"]) == sorted(ignored)
+    tensors = tensors_of(output / "model.safetensors")
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].dtype == torch.float8_e4m3fn
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
+
+
+def test_schemes_that_no_runtime_reads_together(tmp_path: Path) -> None:
+    model = llama().fp8(lambda name: 2.5)
+    name = "0.mlp.linear_fc2"
+    model.modelopt(name, weight_quantizer=properties(8, axis=0), input_quantizer=properties(8))
+    model.amax(name, "weight_quantizer", model.weight(name).abs().amax(1, keepdim=True))
+    with pytest.raises(ExportError, match="no runtime reads W8A8_SQ_PER_CHANNEL and other schemes in one folder"):
+        export_quantized(model.write(tmp_path / "c"), tmp_path / "o", HuggingFaceOptions())
+
+
 @pytest.mark.parametrize(("release", "message"), [("1.0", "not 1.0"), ("0.14", "NVFP4 is in TensorRT-LLM 0.17")])
 def test_releases_that_cannot_read_it(release: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=message):

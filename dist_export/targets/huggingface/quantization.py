@@ -6,7 +6,7 @@ export_hf_checkpoint writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
@@ -16,6 +16,7 @@ from dist_export.models.rules import Scope, TargetRule
 from dist_export.plan.quantize import AWQ, FP4, FP8_MAX, Dialect, LinearQuantizer, Role
 from dist_export.plan.recipes import Constant, Recipe, Scalars
 from dist_export.plan.shard import PlannedTensor, Resolved, TensorQuantizer
+from dist_export.plan.target_modules import target_modules
 from dist_export.targets.huggingface import compressed_tensors
 from dist_export.tensors.dtypes import FLOAT32, UINT8
 from dist_export.tensors.views import View
@@ -79,6 +80,8 @@ def chosen_format(quantization: Quantization, wanted: str) -> str:
         raise ExportError(f"{scheme.value}: the norm in front of attention feeds the MLP, too: it takes no factor")
     if wanted == AUTO:
         wanted = COMPRESSED_TENSORS if scheme in _FOR_VLLM else MODELOPT
+    if scheme is Scheme.MIXED and wanted == MODELOPT:
+        return wanted
     if wanted == COMPRESSED_TENSORS and scheme is not Scheme.NONE and scheme not in compressed_tensors.FORMATS:
         raise ExportError(f"compressed-tensors has no form for {scheme.value}; {_hint(scheme)}")
     if wanted == MODELOPT and scheme is not Scheme.NONE and scheme not in SCHEMES:
@@ -87,6 +90,8 @@ def chosen_format(quantization: Quantization, wanted: str) -> str:
 
 
 def _hint(scheme: Scheme) -> str:
+    if scheme is Scheme.MIXED:
+        return f"give --hf-quantization-format {MODELOPT}"
     if scheme in compressed_tensors.FORMATS:
         return f"give --hf-quantization-format {COMPRESSED_TENSORS}"
     return f"give --hf-quantization-format {MODELOPT}" if scheme in SCHEMES else "export it with --target trtllm"
@@ -105,7 +110,7 @@ def config_of(quantization: Quantization, layout: str, rules: Iterable[TargetRul
     if layout == COMPRESSED_TENSORS:
         linears = [name for name in ignored if name != EMBEDDING]
         return compressed_tensors.config_entry(quantization, scheme, linears, _group_size(quantization))
-    return config_entry(quantization, ignored)
+    return config_entry(quantization, ignored, mixed_layers(quantization, rules))
 
 
 def notes_of(quantization: Quantization, layout: str) -> tuple[str, ...]:
@@ -167,8 +172,34 @@ def _is_linear(module: ModuleName | None, logical: str) -> bool:
     return last.startswith("linear_") or last == "router"
 
 
-def quant_config(quantization: Quantization, ignored: list[str]) -> dict[str, object]:
-    """hf_quant_config.json; `ignored` are the modules that are not quantised."""
+MIXABLE = (Scheme.FP8, Scheme.NVFP4, Scheme.W4A16_NVFP4)
+"""Schemes that vLLM takes in one model (``ModelOptMixedPrecisionConfig``)."""
+
+
+def mixed_layers(quantization: Quantization, rules: Iterable[TargetRule]) -> dict[str, object]:
+    """``quantized_layers``: the scheme of every quantised linear of a model with several; empty for any other.
+
+    Raises `ExportError` for experts of one layer that differ: runtimes hold them in one tensor.
+    """
+    if quantization.overall is not Scheme.MIXED:
+        return {}
+    found: dict[str, object] = {}
+    of_experts: dict[str, Scheme] = {}
+    layers = ((layer, layer) for layer in range(quantization.logical.config.num_layers))
+    for name, (scheme, size) in ((m.name, m.kind) for m in target_modules(rules, quantization, layers)):
+        experts, inside, _ = name.partition(".experts.")
+        if inside and of_experts.setdefault(experts, scheme) is not scheme:
+            raise ExportError(f"{name}: all experts of a layer must be quantised alike, or all left out")
+        if scheme is not Scheme.NONE:
+            found[name] = {"quant_algo": scheme.value, **({"group_size": size or 16} if scheme in FP4 else {})}
+    return found
+
+
+def quant_config(
+    quantization: Quantization, ignored: list[str], layers: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """hf_quant_config.json; `ignored` are the modules that are not quantised, `layers` those of a model with several
+    schemes."""
     scheme = _one_scheme(quantization)
     table: dict[str, object] = {
         "quant_algo": None if scheme is Scheme.NONE else scheme.value,
@@ -179,6 +210,8 @@ def quant_config(quantization: Quantization, ignored: list[str]) -> dict[str, ob
     if scheme in AWQ:
         table |= {"group_size": _group_size(quantization), "has_zero_point": False, "pre_quant_scale": True}
     table["exclude_modules"] = ignored
+    if layers:
+        table["quantized_layers"] = dict(layers)
     return {"producer": {"name": "modelopt", "version": MODELOPT_VERSION}, "quantization": table}
 
 
@@ -186,7 +219,9 @@ MODELOPT_VERSION = "0.47.0"
 """Whose layout this is. Loaders look at the producer's name to recognise it."""
 
 
-def config_entry(quantization: Quantization, ignored: list[str]) -> dict[str, object]:
+def config_entry(
+    quantization: Quantization, ignored: list[str], layers: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """``quantization_config`` of config.json in ModelOpt's layout."""
     scheme = _one_scheme(quantization)
     entry: dict[str, object] = {"ignore": ignored}
@@ -198,6 +233,8 @@ def config_entry(quantization: Quantization, ignored: list[str]) -> dict[str, ob
         if scheme is not Scheme.W4A16_NVFP4:
             groups["input_activations"] = dict(kind)
         entry["config_groups"] = {"group_0": groups}
+    if layers:
+        entry["quantized_layers"] = dict(layers)
     if quantization.kv_cache is KvScheme.FP8:
         entry["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     producer = {"name": "modelopt", "version": MODELOPT_VERSION}
@@ -216,6 +253,7 @@ def _group_size(quantization: Quantization) -> int:
 def _one_scheme(quantization: Quantization) -> Scheme:
     if quantization.kv_cache is KvScheme.INT8:
         raise ExportError("an INT8 KV cache has no Hugging Face form; give --kv-cache fp8 or --kv-cache none")
-    if quantization.overall is Scheme.MIXED:
-        raise ExportError("linears are quantised in different ways, which this target cannot write yet; see --exclude")
+    others = sorted({each.scheme.value for each in quantization.schemes.values() if each.scheme not in MIXABLE})
+    if quantization.overall is Scheme.MIXED and others:
+        raise ExportError(f"no runtime reads {', '.join(others)} and other schemes in one folder; see --exclude")
     return quantization.overall

@@ -95,7 +95,7 @@ def plan_export(
         refuse_quantised(model)
         form = quantized.chosen_format(quantization, options.quantization_format)
         quantizer = quantized.quantizer_of(quantization, form)
-        notes = (*notes, *quantized.notes_of(quantization, form))
+        notes = (*notes, *quantization.notes, *quantized.notes_of(quantization, form))
     planner = ShardPlanner(architecture.rules, logical, layout, dtype_by_name(options.dtype), quantizer)
     config = build_config(architecture, model, options.dtype)
     documents: dict[str, object] = {GENERATION: generation_config()}
@@ -103,7 +103,8 @@ def plan_export(
         config["quantization_config"] = quantized.config_of(quantization, form, architecture.rules)
         if form == quantized.MODELOPT:
             ignored = quantized.unquantized(quantization, form, architecture.rules)
-            documents[quantized.QUANT_CONFIG] = quantized.quant_config(quantization, ignored)
+            layers = quantized.mixed_layers(quantization, architecture.rules)
+            documents[quantized.QUANT_CONFIG] = quantized.quant_config(quantization, ignored, layers)
     copies: dict[str, Path] = {}
     if options.reference is not None:
         reference = Reference.read(Path(options.reference))

@@ -2,7 +2,7 @@
 
 `install` writes a package ``tensorrt_llm`` into a folder for PYTHONPATH. Its classes and functions have the parameters,
 fields and defaults of one release (signatures/*.json); unknown ones fail as the real ones would. Nothing is computed:
-every call is noted in a file, and building "an engine" writes a few bytes.
+calls are noted in a file, and "an engine" is a few bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-SIGNATURES = Path(__file__).parent / "signatures"
-RECORDED = tuple(sorted((path.stem for path in SIGNATURES.glob("*.json")), key=lambda text: [*map(int, text.split("."))]))
+SIGNATURES = Path(__file__).parents[1] / "engines" / "signatures"
+RECORDED = tuple(sorted((path.stem for path in SIGNATURES.glob("*.json")), key=lambda name: [*map(int, name.split("."))]))
 
 _PACKAGE = '''
 import dataclasses, json, os, pathlib, sys, types
@@ -160,7 +160,8 @@ def install(folder: Path, recorded: str, *, version: str | None = None) -> dict[
     (package / "record.json").write_text((SIGNATURES / f"{recorded}.json").read_text())
     info = package.parent / f"tensorrt_llm-{version or recorded + '.0'}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {version or recorded + '.0'}\n")
+    metadata = f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {version or recorded + '.0'}\n"
+    (info / "METADATA").write_text(metadata)
     return {"PYTHONPATH": str(package.parent), "STAND_IN_CALLS": str(folder / "calls")}
 
 
