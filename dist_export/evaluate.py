@@ -122,6 +122,8 @@ def evaluate_command(options: argparse.Namespace) -> int:
     """Evaluate what a command line names; exit code 4 when a threshold is missed."""
     if options.max_perplexity_ratio is not None and options.checkpoint is None:
         raise ExportError("--max-perplexity-ratio: needs --checkpoint to compare with")
+    if options.min_rouge_l is not None and not options.rouge:
+        raise ExportError("--min-rouge-l: needs --rouge, which writes summaries")
     folder: Path = options.output
     samples = texts.read_samples(options.data, limit=options.num_samples, text_field=options.text_field)
     tokenizer = tokenizer_of(folder, options.tokenizer)
@@ -182,6 +184,6 @@ def _failures(result: Evaluation, options: argparse.Namespace) -> Iterator[str]:
         yield f"perplexity {own.perplexity:.4f} is above {options.max_perplexity:g}"
     if options.max_perplexity_ratio is not None and ratio is not None and not ratio <= options.max_perplexity_ratio:
         yield f"perplexity ratio {ratio:.6f} is above {options.max_perplexity_ratio:g}"
-    if options.min_rouge_l is not None and not own.rouge.get("rougeL", math.nan) >= options.min_rouge_l:
-        found = own.rouge.get("rougeL")
-        yield f"ROUGE-L {'was not computed: give --rouge' if found is None else f'{found:.4f} is below {options.min_rouge_l:g}'}"
+    found = own.rouge.get("rougeL", math.nan)
+    if options.min_rouge_l is not None and not found >= options.min_rouge_l:
+        yield f"ROUGE-L {found:.4f} is below {options.min_rouge_l:g}"

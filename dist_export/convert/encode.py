@@ -88,10 +88,11 @@ class Encoder:
             scales = (_block_scales(weights, scales).float() * scales).repeat_interleave(BLOCK, -1)
         decode, limit = _DECODED[planned.recipe.codes]
         quotients = weights / scales
-        noise = torch.linalg.vector_norm(decode(quotients) * scales - weights, dtype=torch.float64)
-        signal = torch.linalg.vector_norm(weights, dtype=torch.float64)
-        num_saturated = int((quotients.abs() > limit).sum())
-        part = Quality(weights.numel(), num_saturated, float(signal) ** 2, float(noise) ** 2, smallest, largest)
+        noise = (decode(quotients) * scales - weights).reshape(-1)
+        signal, noise = torch.dot(weights.reshape(-1), weights.reshape(-1)), torch.dot(noise, noise)
+        beyond = float(torch.stack(torch.aminmax(quotients)).abs().max()) > limit
+        num_saturated = int((quotients.abs() > limit).sum()) if beyond else 0
+        part = Quality(weights.numel(), num_saturated, float(signal), float(noise), smallest, largest)
         self.qualities.add(key, part)
 
     def small(self, planned: PlannedTensor, rows: tuple[int, int]) -> Bytes:

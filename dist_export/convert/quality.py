@@ -16,7 +16,7 @@ Key = tuple[int, int]
 
 FEW_ROWS = 512
 """Tensors of no more rows are measured whole."""
-SAMPLED = 32
+SAMPLED = 64
 """Of larger ones two rows in so many: pairs, since two rows may share a byte."""
 
 

@@ -115,7 +115,7 @@ class ViewReader:
         steps = (part.row_stride, part.column_stride)
         offset = part.offset + (low - part.rows[0]) * steps[0] + (first - part.columns[0]) * steps[1]
         num_bytes = (high - low - 1) * steps[0] + (end - first - 1) * steps[1] + dtype.itemsize
-        memory = memoryview(bytearray(num_bytes))
-        self.sources.read_into(part.file, offset, memory)
-        block: Raw = np.ndarray((high - low, end - first), f"u{dtype.itemsize}", memory, strides=steps)
+        memory = np.empty(num_bytes, np.uint8)
+        self.sources.read_into(part.file, offset, memory.data)
+        block: Raw = np.ndarray((high - low, end - first), f"u{dtype.itemsize}", memory.data, strides=steps)
         return block

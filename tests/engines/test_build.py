@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_torchrun_ranks_build_each_their_own(exported: Path, tmp_path: Path, her
         ("0.14.0", (), (), "no NVIDIA GPU is to be seen here"),
         ("0.14.0", ("7.5",), (), r"bfloat16 needs compute capability 8.0 \(Ampere or newer\), but NVIDIA Stand-in 0"),
         ("0.14.0", ("8.0",), ("--kv-cache", "fp8", "--kv-cache-scale", "1"), "FP8 needs compute capability 8.9"),
-        ("0.14.0", ("9.0",), ("--trtllm-version", "0.16"), "TensorRT-LLM 0.14 is installed, but this export is for 0.16"),
+        ("0.14.0", ("9.0",), ("--trtllm-version", "0.16"), "0.14 is installed, but this export is for 0.16"),
         ("0.14.0", ("9.0",), ("--engine-option", "max_seq_len=65"), "max_seq_len 65 is more than the model's 64 pos"),
         ("0.14.0", ("9.0",), ("--engine-option", "max_beam=2"), "max_beam is unknown; known: max_batch_size"),
         ("0.14.0", ("9.0",), ("--target", "hf"), "add --target trtllm"),
@@ -158,6 +159,6 @@ def test_the_command_that_is_printed_fits_the_model(checkpoint: Path, tmp_path: 
     command = process.stdout.rpartition("next: ")[2].split()
     assert command[:3] == ["trtllm-build", "--checkpoint_dir", f"{tmp_path}/out"]
     assert {"--max_seq_len 64", "--use_paged_context_fmha disable", "--workers 2"} <= {
-        f"{a} {b}" for a, b in zip(command, command[1:], strict=False)
+        f"{a} {b}" for a, b in pairwise(command)
     }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["kv_cache_quant_algo"] == "INT8"

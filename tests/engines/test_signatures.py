@@ -1,7 +1,7 @@
-"""Calls into TensorRT-LLM, release by release, against signatures recorded from its public source (signatures/*.json).
+"""Calls into TensorRT-LLM, release by release, against signatures recorded from its public source (signatures/).
 
-What takes the calls is a stand-in made from these signatures (support/engine_stand_in.py): arguments, fields and options
-that a release does not have fail. Releases of which no source was at hand lie between two that were: 0.18 to 0.21.
+What takes the calls is a stand-in made from these signatures (support/engine_stand_in.py): arguments, fields and
+options that a release does not have fail. Releases of which no source was at hand lie between two that were: 0.18 to 0.21.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ except ExportError as error:
 """
 
 
-def call(folder: Path, recorded: str, *options: dict[str, Any], weights: bool = False) -> tuple[str, list[dict[str, Any]]]:
+def call(
+    folder: Path, recorded: str, *options: dict[str, Any], weights: bool = False
+) -> tuple[str, list[dict[str, Any]]]:
     """What the adapter says, and the builds that it made with the stand-in for a release."""
     environment = stand_in.install(folder, recorded)
     (folder / "config.json").write_text(json.dumps(CONFIG))

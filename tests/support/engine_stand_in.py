@@ -115,7 +115,7 @@ class Engine(Thing):
         self.config, self.engine = config, None if dry_run else b"engine"
     def save(self, *args, **kwargs):
         folder = pathlib.Path(bind("Engine.save", args, kwargs)["engine_dir"])
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank{self.config.rank}.engine").write_bytes(self.engine)
         if self.config.rank == 0:
             (folder / "config.json").write_text(json.dumps({"pretrained_config": self.config.values}))
