@@ -15,12 +15,12 @@ Scales of the KV cache are not calibrated here: ModelOpt finds them in Transform
 GPU; give the export --kv-cache-scale, or a checkpoint that ModelOpt calibrated there."""
 
 
-GENERATE = """Tokens that an export continues a prompt with, computed in float32 on the CPU: by a reference interpreter for
-a TensorRT-LLM folder, by transformers for a Hugging Face folder; of a folder of engines by those, on their GPU. Quantised weights are decoded first; activations are not
-rounded. At temperature 0 the result is the same for every target. To look at an export, not to serve it: the whole text is
-run again for every token."""
-EVALUATE = """Perplexity on texts, and ROUGE of the export's summaries where the data has summaries, beside the same numbers
-of the checkpoint's own model in Megatron-Core (--checkpoint). Computed in float32 on the CPU as `dist-export generate`
+GENERATE = """Tokens that an export continues a prompt with, computed in float32 on the CPU: of a TensorRT-LLM folder by
+a reference interpreter, of a Hugging Face folder by transformers; of a folder of engines by TensorRT-LLM on their GPU.
+Quantised weights are decoded first; activations are not rounded. At temperature 0 the result is the same for every
+target. To look at an export, not to serve it: the whole text is run again for every token."""
+EVALUATE = """Perplexity on texts, and ROUGE of the export's summaries where the data has summaries, beside the same
+numbers of the checkpoint's own model in Megatron-Core (--checkpoint). Computed in float32 on the CPU, as `generate`
 does. Exit code 4 when a threshold is missed."""
 
 
@@ -36,7 +36,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a Hugging Face tokenizer, for texts")
     parser.add_argument("--text-field", metavar="NAME", help="field of the text, default text, article, …")
     parser.add_argument("--num-samples", type=positive, default=512, metavar="N", help="default 512")
-    parser.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a text, default 512")
+    parser.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="of a text, default 512")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="texts of one length at a time")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
@@ -69,10 +69,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer, default the export's")
     parser.add_argument("--text-field", metavar="NAME", help="field of the text, default text, article, …")
     parser.add_argument("--num-samples", type=positive, default=64, metavar="N", help="default 64")
-    parser.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="tokens of a text, default 512")
+    parser.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="of a text, default 512")
     parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="texts of one length at a time")
-    parser.add_argument("--rouge", action="store_true", help="also write summaries and compare them (a token at a time)")
-    parser.add_argument("--summary-prompt", default="{text}\nTL;DR:", metavar="TEXT", help="default {text}, then TL;DR:")
+    parser.add_argument("--rouge", action="store_true", help="also write summaries and compare them")
+    parser.add_argument("--summary-prompt", default="{text}\nTL;DR:", metavar="TEXT", help="with {text}")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="of a summary, default 64")
     thresholds = parser.add_argument_group("thresholds")
     thresholds.add_argument("--max-perplexity", type=float, metavar="X", help="of the export")

@@ -4,7 +4,7 @@
     1    an internal error (a bug); the traceback of the rank that met it is printed
     2    bad usage or bad input: the message says what to change
     3    another rank failed, was killed or stopped responding; on the launching process: a rank was lost
-    4    `verify` found the export wrong
+    4    `verify` found the export wrong; `evaluate` found it worse than a threshold allows
     130  interrupted (SIGINT), 143 terminated (SIGTERM): 128 + the signal's number
 """
 

@@ -43,8 +43,8 @@ def decode(
 ) -> torch.Tensor:
     """float32 weights ``[..., out, in]`` that the codes stand for, for activations that no factor is applied to.
 
-    `scale` is of the whole weight, its rows or its blocks of columns; `second` multiplies block scales; `factor` is what
-    activations would be multiplied by, one per column.
+    `scale` is of the whole weight, its rows or its blocks of columns; `second` multiplies block scales; `factor` is
+    what activations would be multiplied by, one per column.
     """
     values, shape = _values(codes, scale), _shape(codes, scale)
     spread = scale.float()

@@ -32,8 +32,6 @@ from dist_export.verify import trace as at
 from dist_export.verify.records import read_box
 from dist_export.verify.trace import Point, Trace
 
-INSTALL_HINT = "logits are compared with those of Megatron-Core itself; run: pip install megatron-core einops"
-
 _OTHER_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -73,7 +71,7 @@ def run_megatron(
     the checkpoint lacks a tensor of the model or holds others.
     """
     _check_supported(config, tokens.shape[1])
-    with _megatron_on_cpu():
+    with megatron_on_cpu():
         model = _build(config, dtype)
         if rounding is not None and rounding.qk_norm_epsilon is not None:
             _set_qk_norm_epsilon(model, rounding.qk_norm_epsilon)
@@ -98,7 +96,7 @@ def loaded_model(
     Called in one process, which must not have a torch process group of its own. Raises as `run_megatron` does.
     """
     _check_supported(config, 1)
-    with _megatron_on_cpu(on_gpu=device != "cpu"):
+    with megatron_on_cpu(on_gpu=device != "cpu"):
         model = _build(config, dtype)
         _Weights(index, _sources(model, index), config, None).fill_all(model)
         yield model.to(device)
@@ -122,80 +120,6 @@ def _check_supported(config: ModelConfig, num_positions: int) -> None:
     if num_positions > longest:
         faults.add(f"{num_positions} tokens are more than it sees at once ({longest}); give fewer")
     faults.raise_if_any()
-
-
-@contextlib.contextmanager
-def _megatron_on_cpu(*, on_gpu: bool = False) -> Iterator[None]:
-    """A process group of one, Megatron's parallel state, and its CUDA calls replaced (unless `on_gpu`); all undone
-    afterwards."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        raise ExportError("this process already has a torch process group: compute reference logits in one of its own")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
-        try:
-            from megatron.core import parallel_state, tensor_parallel
-            from megatron.core.tensor_parallel import layers, random
-        except ImportError as error:
-            raise ExportError(f"{INSTALL_HINT} ({error})") from error
-        stack.enter_context(_replaced(torch.cuda, {} if on_gpu else _CUDA_ON_CPU))
-        for module in (random, tensor_parallel, layers):
-            stack.enter_context(_replaced(module, {"get_cuda_rng_tracker": lambda *_, **__: _NoRngTracker()}))
-        from megatron.core.fusions import fused_softmax
-
-        from dist_export.verify.megatron_modules import sliding_window_mask
-
-        stack.enter_context(_replaced(fused_softmax, {"get_sliding_window_causal_mask": sliding_window_mask}))
-        stack.enter_context(experts.without_fused_router())
-        stack.enter_context(variants.latent_attention_on_cpu())
-        dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-        stack.callback(dist.destroy_process_group)
-        parallel_state.initialize_model_parallel(1, 1)
-        stack.callback(parallel_state.destroy_model_parallel)
-        yield
-
-
-class _NoRngTracker:
-    """Stands in for the tracker of CUDA random states: nothing is drawn here."""
-
-    def fork(self, *_: object) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-
-_CUDA_ON_CPU: Mapping[str, Any] = {
-    "current_device": lambda: "cpu",
-    "synchronize": lambda *_: None,
-    "Stream": lambda *_, **__: None,
-    "get_device_capability": lambda *_: (9, 0),
-}
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
-    """Attributes of a module or class exchanged for a while."""
-    before = {name: getattr(owner, name) for name in attributes if hasattr(owner, name)}
-    for name in before:
-        setattr(owner, name, attributes[name])
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings about missing GPU libraries that importing and building print."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.exports import config_of, export, fingerprints, run_command, tensors_of
 from support.faulty_runs import run, weights
-from support.quantized import SCHEMES, export_here, reshard
+from support.quantized import SCHEMES, export_here, read, reshard
 
 from dist_export.targets.huggingface.target import HuggingFaceOptions
 from dist_export.targets.trtllm.target import TrtllmOptions
@@ -151,3 +151,30 @@ def test_what_is_left_after_a_kill_is_gone_on_with(
     assert ended.code == 0, ended.err
     check_ranks(tmp_path / "out", EXPECTED[scheme]["layouts"]["tp2pp1"])
     assert "scales.json" not in weights(tmp_path / "out")
+
+
+def test_the_report_tells_of_scales_noise_and_saturation(quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The same for any number of processes; recomputed here from the codes of one tensor."""
+
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["decoder.layers.1.mlp.linear_fc2.weight_quantizer._amax"] *= 0.5
+
+    checkpoint = reshard(quantized_checkpoints["fp8"], tmp_path / "checkpoint", tp=2, edit=shrink)
+    output = export_here(checkpoint, tmp_path / "out")
+    report = json.loads((output / "quantization_report.json").read_text())
+    assert (
+        json.loads((output / "export_manifest.json").read_text())["quantization_report"] == "quantization_report.json"
+    )
+    name = "transformer.layers.1.mlp.proj."
+    tensors, found = tensors_of(output / "rank0.safetensors"), report["tensors"][name + "weight"]
+    weights = read(checkpoint / "iter_0000010")[0]["decoder.layers.1.mlp.linear_fc2.weight"].double()
+    scale = tensors[name + "weights_scaling_factor"]
+    noise = tensors[name + "weight"].double() * scale.double() - weights
+    assert found["num_measured"] == weights.numel()
+    assert found["scale"] == scale.item()
+    assert found["snr_db"] == pytest.approx(10 * torch.log10((weights**2).sum() / (noise**2).sum()).item(), abs=0.02)
+    saturated = ((weights.float() / scale).abs() > 464).double().mean().item()
+    assert 0 < saturated == pytest.approx(found["saturated"], rel=1e-3)
+    assert report["worst"][0] == {"tensor": name + "weight", "snr_db": found["snr_db"]}
+    several = export(checkpoint, tmp_path / "several", "--num-processes", 3)
+    assert json.loads((several / "quantization_report.json").read_text()) == report

@@ -11,9 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("torch")
-
 from support import engine_stand_in as stand_in
 from support.exports import REPOSITORY, export, run_command
 from support.small_models import LLAMA, small_model

@@ -1,7 +1,8 @@
 """Calls into TensorRT-LLM, release by release, against signatures recorded from its public source (signatures/).
 
 What takes the calls is a stand-in made from these signatures (support/engine_stand_in.py): arguments, fields and
-options that a release does not have fail. Releases of which no source was at hand lie between two that were: 0.18 to 0.21.
+options that a release does not have fail. Releases of which no source was at hand, 0.18 to 0.21, lie between two that
+were.
 """
 
 from __future__ import annotations

@@ -61,6 +61,19 @@ def test_every_rank_has_the_scales_of_whole_rows(training_tp: int, tmp_path: Pat
     }
 
 
+def test_repeated_heads_have_repeated_scales(tmp_path: Path) -> None:
+    """Two key/value heads on four ranks."""
+    model = llama()
+    output = export_quantized(model.write(tmp_path / "c"), tmp_path / "o", TrtllmOptions(tp_size=4), **ROWS)
+    groups = model.weight("0.self_attention.linear_qkv").reshape(2, 4, 16, 64)  # query, query, key, value
+    for rank in range(4):
+        own, head = groups[rank // 2], "transformer.layers.0.attention.qkv."
+        rows = torch.cat([own[rank % 2], own[2], own[3]])
+        tensors = tensors_of(output / f"rank{rank}.safetensors")
+        assert same(tensors[f"{head}per_channel_scale"], row_scales(rows))
+        assert same(tensors[f"{head}weight"], fp8_codes(rows, row_scales(rows)[:, None]))
+
+
 def test_measured_scales_equal_calibrated_ones(tmp_path: Path) -> None:
     """ModelOpt's amax of rows is that of the weights."""
     model = llama()

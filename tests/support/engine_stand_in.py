@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 SIGNATURES = Path(__file__).parents[1] / "engines" / "signatures"
-RECORDED = tuple(sorted((path.stem for path in SIGNATURES.glob("*.json")), key=lambda name: [*map(int, name.split("."))]))
+RECORDED = tuple(
+    sorted((path.stem for path in SIGNATURES.glob("*.json")), key=lambda name: tuple(map(int, name.split("."))))
+)
 
 _PACKAGE = '''
 import dataclasses, json, os, pathlib, sys, types
@@ -24,7 +26,7 @@ def note(name, **arguments):
     with open(os.environ["STAND_IN_CALLS"], "a") as file:
         line = {"call": name, "arguments": {k: repr(v) if isinstance(v, Thing) else v for k, v in arguments.items()},
                 "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid(),
-                "launcher": sorted(n for n in os.environ if n.startswith(("SLURM_", "OMPI_COMM", "PMI")) or n == "RANK")}
+                "launcher": [n for n in os.environ if n.startswith(("SLURM_", "OMPI_COMM", "PMI")) or n == "RANK"]}
         file.write(json.dumps(line, default=repr) + "\\n")
 
 class Thing:
@@ -50,7 +52,8 @@ class KVCacheType:
     CONTINUOUS, PAGED, DISABLED = "KVCacheType.CONTINUOUS", "KVCacheType.PAGED", "KVCacheType.DISABLED"
 
 FIELDS = RECORD["fields"]
-SpeculativeDecodingMode = types.SimpleNamespace(**{n: f"SpeculativeDecodingMode.{n}" for n in FIELDS["SpeculativeDecodingMode"]})
+MODES = {n: f"SpeculativeDecodingMode.{n}" for n in FIELDS["SpeculativeDecodingMode"]}
+SpeculativeDecodingMode = types.SimpleNamespace(**MODES)
 BuildConfig = dataclasses.make_dataclass(
     "BuildConfig", [(n, object, dataclasses.field(default=d)) for n, d in FIELDS["BuildConfig"].items()])
 
@@ -78,7 +81,8 @@ class PretrainedConfig(Thing):
         self.values, self.architecture, self.rank, self.logits_dtype = values, values["architecture"], 0, "float32"
     @classmethod
     def from_json_file(cls, *args, **kwargs):
-        return cls(json.loads(pathlib.Path(bind("PretrainedConfig.from_json_file", args, kwargs)["config_file"]).read_text()))
+        path = bind("PretrainedConfig.from_json_file", args, kwargs)["config_file"]
+        return cls(json.loads(pathlib.Path(path).read_text()))
     @classmethod
     def from_dict(cls, *args, **kwargs):
         return cls(bind("PretrainedConfig.from_dict", args, kwargs)["config"])

@@ -19,6 +19,9 @@ _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TOR
 MOST_SECONDS = 15.0
 """From a fault to the end of all processes."""
 
+TELLS_OF_THE_RUN = ("export_manifest.json", "export_report.html", "quantization_report.json")
+"""Files of an export that say how it went, or (after a resume) only of what was done since."""
+
 Contents = dict[str, bytes | None]
 
 
@@ -106,7 +109,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "export_manifest.json"
+        if path.is_file() and path.name not in TELLS_OF_THE_RUN
     }
 
 

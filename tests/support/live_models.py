@@ -182,6 +182,60 @@ def _single(chunks: list[Any], options: argparse.Namespace, style: Any) -> Weigh
     )
 
 
+def _fp8_state(chunks: list[Any]) -> Any:
+    """The state dict with layer states as TransformerEngine 1 saves them: scale 4 of every linear's input."""
+    import io
+
+    import torch
+
+    def saved() -> Any:
+        scales = torch.tensor([4.0, 1.0, 1.0])
+        state = {"scale_fwd": scales, "scale_inv_fwd": 1 / scales, "amax_history_fwd": torch.full((4, 3), 2.0)}
+        buffer = io.BytesIO()
+        torch.save({**state, "extra_fp8_variables": {"num_gemms": 1}}, buffer)
+        return buffer
+
+    state = chunks[0].state_dict()
+    modules = [name.removesuffix(".weight") for name in state if ".linear_" in name and name.endswith(".weight")]
+    return state | {f"{module}._extra_state": saved() for module in modules}
+
+
+def _fp8(chunks: list[Any], options: argparse.Namespace, style: Any) -> Weights:
+    """FP8 over ranks; in one process, the whole model for the layout of `--target`."""
+    import torch
+
+    from dist_export.megatron_export import ExportConfig
+
+    many = torch.distributed.get_world_size() > 1
+    return _helper(chunks, options, style).get_trtllm_pretrained_config_and_model_weights(
+        model_state_dict=_fp8_state(chunks),
+        dtype=options.dtype,
+        export_config=None if many else ExportConfig(*options.target, use_parallel_embedding=True),
+        on_device_distributed_conversion=many,
+        vocab_size=options.vocab,
+        gpus_per_node=8,
+        fp8_quantized=True,
+        fp8_kvcache=True,
+        kv_cache_scale=1.5,
+    )
+
+
+def _fp8_scales(chunks: list[Any], options: argparse.Namespace, style: Any) -> Weights:
+    """The converter with scales under TensorRT-LLM's names, layers numbered within the rank."""
+    from dist_export.megatron_export import DistributedTRTLLMModelWeightsConverter
+    from dist_export.megatron_export.values import RankConfig
+
+    linears = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+    layers = options.layers // options.pp
+    scale = {"trt_llm_scale": 0.25, "weight_multiplier": 4.0}
+    names = [f"transformer.layers.{layer}.{linear}" for layer in range(layers) for linear in linears]
+    scales = {f"{name}.activation_scaling_factor": scale for name in names}
+    converter = DistributedTRTLLMModelWeightsConverter(chunks[0].config, options.dtype, scales=scales)
+    converter.convert(chunks[0].state_dict(), {}, options.vocab)
+    rank = converter.pp_rank * converter.inference_tp_size + converter.tp_rank
+    return [converter.trtllm_model_weights], [RankConfig({}, rank)]
+
+
 TRIALS: dict[str, Callable[[list[Any], argparse.Namespace, Any], Weights]] = {
     "plain": _plain,
     "sharded": _sharded,
@@ -189,6 +243,8 @@ TRIALS: dict[str, Callable[[list[Any], argparse.Namespace, Any], Weights]] = {
     "small_rounds": _small_rounds,
     "converter": _converter,
     "single": _single,
+    "fp8": _fp8,
+    "fp8_scales": _fp8_scales,
 }
 
 if __name__ == "__main__":

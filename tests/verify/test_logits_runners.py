@@ -179,7 +179,7 @@ def test_a_hugging_face_folder_must_hold_every_tensor_and_no_other(tmp_path: Pat
 
 
 CALLS = {
-    "megatron": ("megatron_adapter._megatron_on_cpu().__enter__()", "megatron-core"),
+    "megatron": ("megatron_environment.megatron_on_cpu().__enter__()", "megatron-core"),
     "transformers": ("huggingface_adapter._load(Path('.'), None)", "transformers"),
 }
 

@@ -1,0 +1,85 @@
+"""A built wheel works outside the repository, with nothing of it on the path."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from support.small_models import LLAMA, small_model
+from support.torch_dist import write_torch_dist
+
+import dist_export
+
+pytest.importorskip("setuptools", minversion="70.1", reason="older ones need the package wheel")
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = {"torch", "hf", "megatron", "modelopt", "evaluate", "mpi", "quickstart", "test"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built of a copy, which leaves nothing behind in the repository."""
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "dist_export", source / "dist_export", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a fresh environment with the wheel. What that needs comes from this one: nothing is fetched."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "-q"]
+    subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True, capture_output=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+def test_holds_the_whole_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("dist_export/")}
+    files = (path for path in (ROOT / "dist_export").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert held == {str(path.relative_to(ROOT)) for path in files}
+
+
+def test_metadata(wheel: Path) -> None:
+    """The version is the package's own; extras are named by what they enable, and name only each other and packages."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Version"] == dist_export.__version__
+    assert wheel.name.startswith(f"dist_export-{dist_export.__version__}-")
+    assert set(metadata.get_all("Provides-Extra") or ()) == EXTRAS
+    needed = [each for each in metadata.get_all("Requires-Dist") or () if "extra ==" not in each]
+    assert needed == ["numpy", "isal", "PyYAML"]
+
+
+def test_works_elsewhere(installed: Path, tmp_path: Path) -> None:
+    def run(*command: object) -> str:
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    program = installed / "dist-export"
+    where = run(installed / "python", "-c", "import dist_export; print(dist_export.__file__)").strip()
+    assert Path(where).is_relative_to(installed.parent)
+    assert run(program, "--version") == f"dist-export {dist_export.__version__}\n"
+    model = small_model(LLAMA)
+    write_torch_dist(tmp_path / "iter_0000010", model.tensors, args=model.args)
+    run(program, "export", "iter_0000010", "out", "--num-processes", 1, "--vocab-size", 60)
+    run(program, "verify", "iter_0000010", "out", "--num-processes", 1)
