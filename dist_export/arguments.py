@@ -73,7 +73,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
     run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
     run.add_argument("--profile", type=Path, metavar="DIR",
-                     help="where time went: a summary, and every rank's timeline (Chrome trace) here")  # fmt: skip
+                     help="a summary of the time, and every rank's timeline here")  # fmt: skip
     run.add_argument("--sha256", action="store_true", help="SHA-256 of every file in the manifest, for evidence")
     run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
     run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")
@@ -119,12 +119,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--quantization", default="auto", metavar="SCHEME",
                         choices=("auto", "none", "fp8", "fp8_per_channel", "nvfp4", "int8_wo", "int4_wo",
                                  "int8_sq", "int4_awq"),
-                        help="auto (default): as the checkpoint was quantised; none, fp8, fp8_per_channel, nvfp4, "
-                             "int8_wo, int4_wo; int8_sq, int4_awq with --calibration")  # fmt: skip
+                        help="auto (default): as it was calibrated; none, fp8, fp8_per_channel, nvfp4, "
+                             "int8_wo, int4_wo, int8_sq, int4_awq")  # fmt: skip
     source.add_argument("--calibration", type=Path, metavar="FILE", help="safetensors with amax values of quantisers")
     source.add_argument("--exclude", action="append", default=[], metavar="PATTERN",
                         help="Megatron modules that are not quantised; repeatable")  # fmt: skip
-    source.add_argument("--kv-cache", default="auto", choices=("auto", "none", "fp8", "int8"), help="its quantisation")
+    source.add_argument("--kv-cache", default="auto", metavar="KIND", choices=("auto", "none", "fp8", "int8"),
+                        help="its quantisation: auto (default), none, fp8, int8")  # fmt: skip
     source.add_argument("--kv-cache-scale", type=float, metavar="X", help="of every layer, where none was calibrated")
     source.add_argument("--te-version", metavar="X.Y",
                         help="TransformerEngine's release in training, for FP8 scales of experts")  # fmt: skip
@@ -139,12 +140,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that say what to make."""
     target = parser.add_argument_group("target")
-    target.add_argument("--target", action="append", choices=("trtllm", "hf"),
-                        help="trtllm (default) or hf; given twice, both in one pass, in subfolders")  # fmt: skip
+    target.add_argument("--target", action="append", metavar="NAME", choices=("trtllm", "hf"),
+                        help="trtllm (default) or hf; given twice: both, in subfolders")  # fmt: skip
     target.add_argument("--hf-reference", type=Path, metavar="DIR",
-                        help="hf: a folder of the same model to take configuration and tokenizer from")  # fmt: skip
-    target.add_argument("--hf-quantization-format", default="auto", choices=("auto", "modelopt", "compressed-tensors"),
-                        help="hf: layout of quantised linears; auto (default): one that vLLM reads")  # fmt: skip
+                        help="hf: folder of the same model: configuration, tokenizer")  # fmt: skip
+    target.add_argument("--hf-quantization-format", default="auto", metavar="X",
+                        choices=("auto", "modelopt", "compressed-tensors"),
+                        help="hf: auto (default, read by vLLM), modelopt, compressed-tensors")  # fmt: skip
     target.add_argument("--tokenizer", type=Path, metavar="DIR", help="hf: a folder with tokenizer files")
     target.add_argument("--max-file-size", type=parse_size, default=5 << 30, metavar="SIZE",
                         help="hf: largest file, default 5g")  # fmt: skip
@@ -152,11 +154,11 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--pp", type=positive, default=1, metavar="N", help="pipeline parallel size, default 1")
     target.add_argument("--moe-ep", type=positive, default=1, metavar="N",
                         help="expert parallel size, a divisor of tp; default 1")  # fmt: skip
-    target.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"),
-                        help="element type of the export, default bfloat16")  # fmt: skip
+    target.add_argument("--dtype", default="bfloat16", metavar="TYPE", choices=("float32", "float16", "bfloat16"),
+                        help="bfloat16 (default), float16, float32")  # fmt: skip
     target.add_argument("--trtllm-version", metavar="X.Y", help="export for this release; default: 0.12 to 1.2")
     target.add_argument("--no-parallel-embedding", action="store_true", help="every rank holds the whole embedding")
-    target.add_argument("--embedding-sharding-dim", type=int, default=0, choices=(0, 1),
+    target.add_argument("--embedding-sharding-dim", type=int, default=0, metavar="DIM", choices=(0, 1),
                         help="0 vocabulary (default), 1 hidden")  # fmt: skip
 
 

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dist_export import __version__
 from dist_export.arguments import (
@@ -30,6 +32,14 @@ EPILOG = """examples:
   torchrun --nproc-per-node 8 launch/export.py /checkpoints/run1 /exports/run1 --tp 4 --pp 2
 """
 
+class _WideParser(argparse.ArgumentParser):
+    """A command's parser: help that keeps long options and their meaning on one line, whatever the terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", partial(argparse.HelpFormatter, max_help_position=32, width=98))
+        super().__init__(**options)
+
+
 def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -39,7 +49,7 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"dist-export {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_WideParser)
     inspect = commands.add_parser("inspect", help="what is in a checkpoint: model, layout, sizes, provenance")
     add_source_arguments(inspect)
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")

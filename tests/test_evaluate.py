@@ -72,7 +72,7 @@ def test_perplexity_is_megatrons(
 
 
 def test_fp8_is_within_a_bound(exports: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights with four significant bits change a small model's perplexity by less than a twentieth, and by something."""
+    """Weights with four significant bits change a model's perplexity by less than a twentieth, and by something."""
     code, found = evaluated(exports, "fp8", capsys, "--checkpoint", checkpoint, "--max-perplexity-ratio", "1.05")
     assert code == 0
     assert 1e-5 < abs(found["perplexity_ratio"] - 1) < 0.05

@@ -72,8 +72,8 @@ def build_engines(
     """Build and publish the engines of the export in `folder`. All ranks of the group call it.
 
     Every process builds the target ranks rank, rank + world_size, …: one at a time on the GPU of its own; a process
-    alone builds on all GPUs at a time (`EngineOptions.workers`). Raises `ExportError` with the end of the build's log and
-    `hint`, what to do then.
+    alone builds on all GPUs at a time (`EngineOptions.workers`). Raises `ExportError` with the end of the build's log
+    and `hint`, what to do then.
     """
     release_memory()
     config = json.loads((folder / publication.CONFIG).read_text())

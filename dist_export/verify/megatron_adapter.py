@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +20,13 @@ import torch
 from torch.nn import functional
 
 from dist_export.checkpoint.index import CheckpointIndex
-from dist_export.errors import ExportError, Faults
+from dist_export.errors import Faults
 from dist_export.models.config import ModelConfig
 from dist_export.tensors.boxes import Box
 from dist_export.verify import megatron_experts as experts
 from dist_export.verify import megatron_layers as variants
 from dist_export.verify import trace as at
+from dist_export.verify.megatron_environment import megatron_on_cpu
 from dist_export.verify.records import read_box
 from dist_export.verify.trace import Point, Trace
 

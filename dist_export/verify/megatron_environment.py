@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from dist_export.errors import ExportError
+from dist_export.verify import megatron_experts as experts
+from dist_export.verify import megatron_layers as variants
 
-INSTALL_HINT = "logits are compared with those of Megatron-Core itself; run: pip install megatron-core einops"
+INSTALL_HINT = "the checkpoint's own model is run by Megatron-Core; run: pip install megatron-core einops"
 
 
 @contextlib.contextmanager

@@ -4,16 +4,16 @@
 
 TRTLLM_SRC is the ``tensorrt_llm`` folder of a source checkout of 0.14; BOOT_FOLDER holds a ``boot.py`` that makes it
 importable without TensorRT, CUDA and compiled bindings. For every rank of every export run, with the real classes:
-``PretrainedConfig.from_json_file``, ``set_rank``, ``MODEL_MAP``, ``from_checkpoint`` (which checks every name and shape),
+``PretrainedConfig.from_json_file``, ``set_rank``, ``MODEL_MAP``, ``from_checkpoint`` (which checks names and shapes),
 ``BuildConfig`` and ``PluginConfig`` with their checks of assigned values, and what ``build()`` itself does before a
 network is made: ``update_kv_cache_type`` and ``_init_max_seq_len``. Only ``build()`` is a stand-in, which notes its
 arguments, and so is the enumeration ``KVCacheType`` of the compiled bindings.
 
 The same ranks go through ``preprocess_weights``, ``from_config`` and ``load`` as weights in memory.
 
-Result with 0.14.0.dev2024100800: all 14 ranks of four exports of real Megatron-Core models (Llama with 2 KV heads at tp 4
-and at tp 2 pp 2, Mixtral at tp 2 with moe ep 2, GPT with tied embeddings at tp 2 pp 2) load and take every set of
-options; of an export with a tensor taken out, that rank fails with the loader's own "Required but not provided tensors".
+Result with 0.14.0.dev2024100800: all 14 ranks of four exports of real Megatron-Core models (Llama with 2 KV heads at
+tp 4 and at tp 2 pp 2, Mixtral at tp 2 with moe ep 2, GPT with tied embeddings at tp 2 pp 2) load and take every set of
+options; of an export with a tensor taken out, that rank fails with the loader's "Required but not provided tensors".
 """
 
 from __future__ import annotations
@@ -99,14 +99,16 @@ def _check_in_memory(
 
     from dist_export.engines import adapter
     from dist_export.engines.options import EngineOptions
-    from dist_export.megatron_export.values import RankConfig
 
     adapter._release = lambda: "0.14"  # nothing is installed that would say it
     noted.clear()
     options = EngineOptions(log_level="error")
     with tempfile.TemporaryDirectory() as output:
         weights = load_file(folder / f"rank{rank}.safetensors")
-        adapter.build_from_weights(weights, RankConfig(values, rank), options, output)
+        config = SimpleNamespace(
+            values=values, to_pretrained_config=lambda: adapter.pretrained_config(copy.deepcopy(values), rank)
+        )
+        adapter.build_from_weights(weights, config, options, output)
     ((model, config),) = noted
     _check_build(model, config, options, rank, builder)
 

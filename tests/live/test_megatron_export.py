@@ -42,14 +42,17 @@ def assert_same(live: Path, exported: Path, *, with_config: bool = True) -> None
 @pytest.mark.parametrize(
     ("model", "trials", "target"),
     [
-        # fewer KV heads (2) than target tp (4), another layout, and rounds of 16 KiB
-        (("--tp", 2, "--pp", 2, "--kv-groups", 2), ("plain", "sharded", "other_layout", "small_rounds"), (4, 1)),
+        # virtual stages, fewer KV heads (2) than target tp (4), and rounds of 16 KiB
+        (
+            ("--tp", 2, "--pp", 2, "--vpp", 2, "--kv-groups", 2),
+            ("plain", "sharded", "other_layout", "small_rounds"),
+            (4, 1),
+        ),
         (("--style", "mixtral", "--ep", 2, "--etp", 1, "--layers", 2), ("plain", "sharded", "other_layout"), (2, 1)),
         (("--style", "gpt", "--tp", 2, "--pp", 2, "--layers", 2), ("plain", "converter"), (2, 2)),
-        (("--pp", 2, "--vpp", 2), ("plain", "sharded", "other_layout"), (2, 1)),
         (("--style", "nemotron", "--layers", 2), ("single", "sharded"), (2, 2)),
     ],
-    ids=["llama-tp2-pp2", "mixtral-ep2", "gpt-tp2-pp2", "llama-vpp", "nemotron-one-process"],
+    ids=["llama-tp2-pp2-vpp2", "mixtral-ep2", "gpt-tp2-pp2", "nemotron-one-process"],
 )
 def test_a_live_model_becomes_the_files_of_its_export(
     tmp_path: Path, model: tuple[object, ...], trials: tuple[str, ...], target: tuple[int, int]

@@ -193,7 +193,7 @@ import sys
 sys.modules["{package}"] = None
 from pathlib import Path
 from dist_export.errors import ExportError
-from dist_export.verify import huggingface_adapter, megatron_adapter
+from dist_export.verify import huggingface_adapter, megatron_environment
 try:
     {call}
 except ExportError as error:
