@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_export import api, texts
 from dist_export.arguments import overrides_of
 from dist_export.errors import ExportError
 from dist_export.quantization import QuantizationOptions
 from dist_export.runtime import exit_codes
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +80,16 @@ def calibrate(source: api.Source, path: Path, options: CalibrationOptions) -> tu
 def _run(model: api.OpenedModel, sequences: Sequence[list[int]], path: Path, options: CalibrationOptions) -> None:
     try:
         import torch
-        from safetensors.torch import save_file
     except ImportError as error:
-        hint = "calibration needs torch and safetensors; run: pip install 'dist-export[modelopt,megatron]'"
+        hint = "calibration needs torch; run: pip install 'dist-export[modelopt,megatron]'"
         raise ExportError(f"{hint} ({error})") from error
     from dist_export.calibrate.modelopt_adapter import calibrate as run_modelopt
     from dist_export.verify.megatron_adapter import forward, loaded_model
 
     index = model.checkpoint.index
     stored = {each.dtype for each in index.tensors.values() if each.dtype in ("bfloat16", "float16", "float32")}
-    dtype = getattr(torch, stored.pop()) if len(stored) == 1 else torch.bfloat16
+    narrow = stored - {"float32"} or stored  # routers may be in float32
+    dtype = getattr(torch, narrow.pop()) if len(narrow) == 1 else torch.bfloat16
 
     with loaded_model(index, model.resolved.config, dtype=dtype, device=options.device) as gpt:
 
@@ -101,9 +105,27 @@ def _run(model: api.OpenedModel, sequences: Sequence[list[int]], path: Path, opt
         "num_tokens": str(sum(map(len, sequences))),
         "checkpoint": str(index.origin),
     }
+    _save(found.tensors, path, metadata)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on nothing but its content; it is whole or not there."""
+    import torch
+
+    from dist_export.tensors.dtypes import DType, dtype_by_name
+    from dist_export.tensors.safetensors_format import build_header
+
+    entries: list[tuple[str, DType, tuple[int, ...], int]] = []
+    data = bytearray()
+    for name in sorted(tensors):
+        dtype = dtype_by_name(str(tensors[name].dtype).removeprefix("torch."))
+        entries.append((name, dtype, tuple(tensors[name].shape), len(data)))
+        data += tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(found.tensors, partial, metadata)
+        partial.write_bytes(build_header(entries, metadata=metadata) + data)
         partial.replace(path)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -16,6 +16,27 @@ above the table (rules, plans, tiles) is the same for both. How the parts fit, e
    `exchange` says which rectangles a receiver lacks (`parcels`, from the plan alone, so senders and receivers agree
    without a word) and moves them, packed, between ranks (`exchange`). `outputs.MemoryFile` takes the target bytes.
 5. *Together*: `run.LiveExport` makes target shards in memory, round by round.
+6. *For callers*: `iterate` and `buckets` yield a model's weights under a target's names, a bucket in memory at a time.
 
-Nothing here imports Megatron. torch is imported by every module but `table` and `configuration`.
+Megatron is imported only to ask for a rank's place in the layout. torch is imported by every module but `table` and
+`configuration`.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_export.live.buckets import buckets, iterate
+
+__all__ = ["buckets", "iterate"]
+
+
+def __getattr__(name: str) -> Any:
+    """`iterate` and `buckets`, imported when they are asked for: they need torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    import importlib
+
+    module = importlib.import_module("dist_export.live.buckets")
+    return module if name == "buckets" else module.iterate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -82,11 +81,3 @@ def _plain(value: Any) -> object:
     if callable(value) and hasattr(value, "__name__"):
         return str(value.__name__)
     return _NO_WORD
-
-
-def merged(*parts: Mapping[str, object]) -> dict[str, object]:
-    """Later parts replace earlier ones."""
-    result: dict[str, object] = {}
-    for part in parts:
-        result |= part
-    return result

@@ -146,7 +146,8 @@ def exchange(
 
     Collective over `group` (default: all processes): every rank calls it with the same `needed` (receiver -> its
     parcels; ranks of the group). Pairs of ranks exchange one packed message each way; `device` is where messages live,
-    a CUDA device for NCCL. Memory: the bytes of this rank's own parcels, and of those that it sends.
+    a CUDA device for NCCL. Memory: the bytes of this rank's own parcels, and of those that it sends, of which messages
+    alike for several receivers are packed once.
     """
     import torch.distributed as dist
 
@@ -154,14 +155,16 @@ def exchange(
         return dist.get_global_rank(group, number) if group is not None else number
 
     operations, received = [], []
+    messages: dict[tuple[Parcel, ...], torch.Tensor] = {}
     for receiver in sorted(needed):
         for sender in sorted({parcel.sender for parcel in needed[receiver]}):
             if rank not in (sender, receiver):
                 continue
-            message = [parcel for parcel in needed[receiver] if parcel.sender == sender]
+            message = tuple(parcel for parcel in needed[receiver] if parcel.sender == sender)
             if rank == sender:
-                packed = pack(message, memory, device)
-                operations.append(dist.P2POp(dist.isend, packed, peer(receiver), group))
+                if message not in messages:
+                    messages[message] = pack(message, memory, device)
+                operations.append(dist.P2POp(dist.isend, messages[message], peer(receiver), group))
             else:
                 buffer = torch.empty(sum(parcel.num_bytes for parcel in message), dtype=torch.uint8, device=device)
                 operations.append(dist.P2POp(dist.irecv, buffer, peer(sender), group))

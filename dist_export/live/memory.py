@@ -33,6 +33,11 @@ class RankMemory:
         """The end of the address space."""
         return self._end
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are: that of the first."""
+        return self._flat[0].device if self._flat else torch.device("cpu")
+
     def add(self, tensor: torch.Tensor) -> int:
         """The address that a tensor's first byte gets."""
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

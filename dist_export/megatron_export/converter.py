@@ -11,12 +11,12 @@ from dist_export.api import OpenedModel, plan
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.te_states import Activation, TeScale
 from dist_export.errors import ExportError
-from dist_export.live import plain_state, sharded_state
-from dist_export.live.configuration import arguments_of, layout_arguments
-from dist_export.live.memory import RankMemory, read_objects
+from dist_export.live.configuration import arguments_of
+from dist_export.live.memory import RankMemory
 from dist_export.live.model import open_live, te_scales
+from dist_export.live.opening import Ranks, States, gathered_objects, is_sharded, table_of
 from dist_export.live.run import LiveExport, Peers
-from dist_export.live.table import LiveTable, make_table
+from dist_export.live.table import LiveTable
 from dist_export.megatron_export.names import renamed
 from dist_export.megatron_export.values import check_activation, dtype_name
 from dist_export.plan.export import ExportPlan
@@ -24,43 +24,7 @@ from dist_export.quantization import QuantizationOptions
 from dist_export.targets.trtllm.tables import EmbeddingSharding
 from dist_export.targets.trtllm.target import TrtllmOptions
 
-States = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""A state dict, or one per virtual pipeline stage."""
 _POSITIONS = "embedding.position_embeddings.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Where this process stands in the training layout, and the sizes of that."""
-
-    tp: int = 0
-    pp: int = 0
-    ep: int = 0
-    tp_size: int = 1
-    pp_size: int = 1
-    ep_size: int = 1
-    expert_tp_size: int = 1
-
-    @classmethod
-    def of_megatron(cls) -> Ranks:
-        """As megatron.core.parallel_state says. Raises `ExportError` before it is initialised."""
-        from megatron.core import parallel_state as state
-
-        if not state.model_parallel_is_initialized():
-            raise ExportError("megatron.core.parallel_state is not initialised: call initialize_model_parallel first")
-        return cls(
-            state.get_tensor_model_parallel_rank(),
-            state.get_pipeline_model_parallel_rank(),
-            state.get_expert_model_parallel_rank(),
-            state.get_tensor_model_parallel_world_size(),
-            state.get_pipeline_model_parallel_world_size(),
-            state.get_expert_model_parallel_world_size(),
-            state.get_expert_tensor_parallel_world_size(),
-        )
-
-    def arguments(self) -> dict[str, object]:
-        """The sizes under Megatron's names."""
-        return layout_arguments(tp=self.tp_size, pp=self.pp_size, ep=self.ep_size, expert_tp=self.expert_tp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +52,11 @@ class LiveModel:
         peers = Peers.of_group() if ranks is not None else Peers()
         arguments = {**arguments, **(ranks or Ranks()).arguments()}
         arguments["untie_embeddings_and_output_weights"] = not arguments["share_embeddings_and_output_weights"]
-        table, memory, first_layer = _table(states, arguments, ranks or Ranks(), peers, conversion)
-        found = te_scales(table, _gathered_objects(table, memory, peers), quantization, arguments)
+        chunks = [states] if isinstance(states, Mapping) else list(states)
+        if not is_sharded(chunks):
+            chunks = [renamed(chunk, conversion) for chunk in chunks]
+        table, memory, first_layer = table_of(chunks, arguments, ranks or Ranks(), peers)
+        found = te_scales(table, gathered_objects(table, memory, peers), quantization, arguments)
         for each in peers.gather(list(_given_scales(scales or {}, first_layer))):
             found.scales.update({(scale.module, scale.activation): scale for scale in each})
         overrides = {} if vocab_size is None else {"vocab_size": (vocab_size, "tokenizer_vocab_size")}
@@ -111,38 +78,6 @@ def plan_of(opened: OpenedModel, export_config: Any, dtype: object, *, moe_ep_si
         embedding=EmbeddingSharding(bool(export_config.use_parallel_embedding), 0),
     )
     return plan(opened, options)
-
-
-def _table(
-    states: States, arguments: Mapping[str, object], ranks: Ranks, peers: Peers, conversion: Mapping[str, object]
-) -> tuple[LiveTable, RankMemory, int]:
-    """The table, this rank's memory, and the number of its first layer."""
-    chunks = [states] if isinstance(states, Mapping) else list(states)
-    if any(hasattr(value, "global_offset") or hasattr(value, "build_fn") for c in chunks for value in c.values()):
-        memory, holdings = sharded_state.collect(chunks)
-        return make_table(peers.gather(holdings)), memory, 0
-    chunks = [renamed(chunk, conversion) for chunk in chunks]
-    if any(map(plain_state.is_stacked, chunks)):
-        if peers.world_size > 1 or len(chunks) > 1:
-            raise ExportError("layers are stacked in one tensor: give the whole model so, in one process")
-        memory, holdings = plain_state.collect_stacked(chunks[0])
-        return make_table([holdings]), memory, 0
-    memory, plain = plain_state.collect(chunks, tp=ranks.tp, pp=ranks.pp, ep=ranks.ep)
-    gathered = peers.gather(plain)
-    earlier = {each.pp: _num_layers(each.chunks[0]) for each in gathered if each.pp < ranks.pp}
-    return plain_state.make_plain_table(gathered, arguments), memory, sum(earlier.values())
-
-
-def _num_layers(names: Mapping[str, object]) -> int:
-    return len({match[1] for name in names if (match := re.search(r"decoder\.layers\.(\d+)\.", name))})
-
-
-def _gathered_objects(table: LiveTable, memory: RankMemory, peers: Peers) -> dict[str, bytes]:
-    if not table.index.objects:
-        return {}
-    own = {file for file, ranks in enumerate(table.ranks) if ranks[0] == peers.rank}
-    parts = peers.gather(read_objects(table.index.objects, own, memory))
-    return {name: data for part in parts for name, data in part.items()}
 
 
 _LINEARS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.exports import fingerprints
+from support.tokenizers import WORDS, save_tokenizer
 
 from dist_export import api
 from dist_export.api import Source
@@ -105,9 +106,7 @@ def test_exports_what_modelopt_quantised(
     assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
 
 
-def test_kept_precision_is_not_smoothed(
-    plain: Path, calibrated: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_kept_precision_is_not_smoothed(plain: Path, calibrated: Callable[[str], Path], tmp_path: Path) -> None:
     """compressed-tensors has no place for the factor of attention's output: its weight is the checkpoint's own."""
     common = ["--target", "hf", "--num-processes", "1"]
     asked = ["--quantization", "int4_awq", "--calibration", str(calibrated("int4_awq"))]
@@ -117,6 +116,21 @@ def test_kept_precision_is_not_smoothed(
     name = "model.layers.0.self_attn.o_proj.weight"
     assert quantized[name] == kept[name]
     assert quantized.keys() - kept.keys()
+
+
+def test_texts_are_their_tokens(plain: Path, tmp_path: Path) -> None:
+    """A file of texts with a tokenizer calibrates as the file of their token ids does."""
+    pytest.importorskip("transformers")
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    words = ["the", "cat", "sat", "word99", "word120"]
+    ids = [WORDS.index(word) if word in WORDS else int(word.removeprefix("word")) for word in words]
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"article": " ".join(words), "highlights": "a cat"}))
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids)))
+    for name, more in (("texts.jsonl", ["--tokenizer", str(tokenizer)]), ("ids.txt", [])):
+        command = ["calibrate", str(plain), str(tmp_path / f"{name}.safetensors"), "--data", str(tmp_path / name)]
+        assert main([*command, *more]) == 0
+    files = [tmp_path / f"{name}.safetensors" for name in ("texts.jsonl", "ids.txt")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
