@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_export.live.buckets import buckets, iterate
+    from dist_export.live.streaming import buckets, iterate
 
 __all__ = ["buckets", "iterate"]
 
@@ -36,7 +36,6 @@ def __getattr__(name: str) -> Any:
     """`iterate` and `buckets`, imported when they are asked for: they need torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    import importlib
+    from dist_export.live import streaming
 
-    module = importlib.import_module("dist_export.live.buckets")
-    return module if name == "buckets" else module.iterate
+    return getattr(streaming, name)

@@ -10,7 +10,6 @@ from typing import Any
 from dist_export.api import OpenedModel, plan
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.te_states import Activation, TeScale
-from dist_export.errors import ExportError
 from dist_export.live.configuration import arguments_of
 from dist_export.live.memory import RankMemory
 from dist_export.live.model import open_live, te_scales

@@ -7,7 +7,8 @@ from typing import Any
 
 from dist_export.errors import ExportError
 from dist_export.live.configuration import arguments_of
-from dist_export.megatron_export.converter import LiveModel, Ranks, States, plan_of, with_multi_query
+from dist_export.live.opening import Ranks, States
+from dist_export.megatron_export.converter import LiveModel, plan_of, with_multi_query
 from dist_export.megatron_export.values import ExportConfig, RankConfig, check_activation, check_model_type
 from dist_export.plan.export import ExportPlan
 from dist_export.quantization import QuantizationOptions

@@ -10,7 +10,7 @@ import torch
 
 from dist_export.api import OpenedModel, TargetOptions, plan
 from dist_export.errors import ExportError
-from dist_export.live.configuration import arguments_of, merged, model_fields_of
+from dist_export.live.configuration import arguments_of, model_fields_of
 from dist_export.live.memory import RankMemory
 from dist_export.live.model import open_live, te_scales
 from dist_export.live.opening import Ranks, gathered_objects, table_of
@@ -62,19 +62,20 @@ def buckets(
     TensorRT-LLM: those of one target rank's file, for any layout; by default rank r of the group gets target rank r,
     and ranks beyond the last get none. More target ranks than processes take several calls, each with a `target_rank`.
 
-    *Order.* That of the model: embeddings, layers by number, final norm and head; the scales of a quantised weight
-    follow it. It is the same in every run, and for Hugging Face on every rank.
+    *Order.* That of the model: embeddings, layers by number, then head and final norm; the scales of a quantised
+    weight follow it. It is the same in every run, and for Hugging Face on every rank.
 
-    *Bound.* A bucket holds at most `bucket_bytes` of target tensors; a tensor larger than that is a bucket alone. Beside
-    the model and the buckets that the caller keeps, a rank's memory is one bucket, the source elements of it that
-    the rank lacks (as many as the bucket has elements, in the model's element type), what it sends (such elements of its
-    own that others lack, packed once for receivers that want the same: for Hugging Face its part of one bucket, for
-    TensorRT-LLM at most its part of one bucket per receiver), and a few MiB per thread. The next bucket is made only when
-    it is asked for. Some of Megatron's layers (grouped experts) are copied when the table is made.
+    *Bound.* A bucket holds at most `bucket_bytes` of target tensors; a tensor larger than that is a bucket alone.
+    Beside the model and the tensors that the caller keeps, a rank's memory is one bucket; the source elements of it
+    that the rank lacks (as many as the bucket has elements, in the model's element type); what it sends meanwhile,
+    packed once for receivers that want the same (Hugging Face: its part of one bucket; TensorRT-LLM: at most its part
+    of one bucket per receiver); and a few MiB per thread. What was received and sent is given up before the bucket is
+    yielded, and the next bucket is made only when it is asked for. Some layers are copied when the table is made (a
+    grouped MLP's transposed experts).
 
-    *A rank that stops early* (closes its iterator, lets go of it, or fails in a bucket) makes the others raise `ExportError`
-    naming it when they ask for their next bucket. One that keeps its iterator and asks no more, or dies without a word,
-    holds them until the process group's own timeout.
+    *A rank that stops early* (closes its iterator, lets go of it, or fails in a bucket) makes the others raise
+    `ExportError` naming it when they ask for their next bucket. One that keeps its iterator and asks no more, or dies
+    without a word, holds them until the process group's own timeout.
 
     Args:
         model: A ``GPTModel`` (also wrapped), a list of them (virtual pipeline stages), or what their
@@ -145,7 +146,7 @@ def _described(
     if parts and all(isinstance(part, Mapping) for part in parts):
         if transformer_config is None:
             raise ExportError("a state dict does not tell the model's configuration: give transformer_config")
-        return parts, merged(arguments_of(transformer_config, **(model_fields or {})))
+        return parts, arguments_of(transformer_config, **(model_fields or {}))
     models = [_unwrapped(part) for part in parts]
     if not models:
         raise ExportError("no model was given")
