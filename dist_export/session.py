@@ -16,9 +16,9 @@ from pathlib import Path
 from dist_export import __version__
 from dist_export.agreement import Agreement
 from dist_export.checkpoint.open import Checkpoint
-from dist_export.convert.execute import Budget, Converter, Executor, TensorEncoder
+from dist_export.convert.choice import converter_for, device_of
+from dist_export.convert.execute import Budget, Executor, TensorEncoder
 from dist_export.convert.journal import Done, read_fingerprint, remove_journals, write_fingerprint
-from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.outputs import OutputFile
 from dist_export.convert.profile import Profile
 from dist_export.convert.scale_table import ScaleTable
@@ -38,7 +38,7 @@ from dist_export.manifest import (
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement, fills_of, work_of
-from dist_export.plan.work import Fill, Use, WorkItem, collect_uses
+from dist_export.plan.work import Fill, WorkItem, collect_uses
 from dist_export.quantization_report import quantization_report
 from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError, is_resumable
@@ -307,7 +307,7 @@ class ExportSession:
             observer=_Watcher(self.group),
         )
         computed = [use for use in computed if use.output.planned.recipe is None]
-        executor.converter = self._converter(computed) if computed else None
+        executor.converter = converter_for(computed, self.options.device, self._device) if computed else None
         executor.reader = ViewReader(executor.sources, index.shapes(), self.job.catalog.updates)
         if encoded:
             executor.encoder = self._encoder(executor.sources)
@@ -338,21 +338,7 @@ class ExportSession:
 
     def _device(self) -> str:
         """The torch device of this process. Torch is imported here, where it is to be found out."""
-        if self.options.device != "auto":
-            return self.options.device
-        from dist_export.convert.torch_arithmetic import default_device
-
-        return default_device(self.group.world.local_rank)
-
-    def _converter(self, uses: Sequence[Use]) -> Converter:
-        """What does the arithmetic of `uses`. Torch is imported here, and only when it pays."""
-        small = sum(use.num_bytes for use in uses) <= MOST_BYTES
-        device = self.options.device
-        if small and device in ("auto", "cpu") and all(NumpyArithmetic.supports(use.output.planned) for use in uses):
-            return NumpyArithmetic()
-        from dist_export.convert.torch_arithmetic import TorchArithmetic, default_device
-
-        return TorchArithmetic(default_device(self.group.world.local_rank) if device == "auto" else device)
+        return device_of(self.options.device, self.group.world.local_rank)
 
     def _fill_report(self, executor: Executor, started: Usage) -> None:
         now = Usage.now()

@@ -71,7 +71,7 @@ _TABLE = {"architecture", "rules", "remove", "config"}
 
 @dataclass(frozen=True, slots=True)
 class ModelMapping:
-    """A mapping file, as plain values: kept in the manifest, so that an export can be planned again without the file."""
+    """A mapping file, as plain values: kept in the manifest, so that an export can be planned again without it."""
 
     content: Mapping[str, Any]
     origin: str

@@ -39,7 +39,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Every class of every family, in the registry's order; a target that cannot serve a family has a row that says so."""
+    """Every class of every family, in the registry's order; a target that cannot serve a family has a row."""
     for family in FAMILIES:
         for target, name in TARGETS.items():
             found = family.architectures.get(target, ())

@@ -47,7 +47,10 @@ def _verify(options: argparse.Namespace, folder: Path, chosen: VerifyOptions) ->
 def _verify_logits(options: argparse.Namespace, folder: Path) -> int:
     from dist_export.verify.logits import read_tokens, verify_logits
 
-    source = source_from_manifest(options.checkpoint, read_manifest(folder), base=options.base, code_allowed=options.allow_mapping_code)
+    code_allowed = options.allow_mapping_code
+    source = source_from_manifest(
+        options.checkpoint, read_manifest(folder), base=options.base, code_allowed=code_allowed
+    )
     if source.mapping is not None:
         raise ExportError("--logits: not for exports made with --mapping; the reference knows only the families")
     if source.base is not None or source.master_weights:

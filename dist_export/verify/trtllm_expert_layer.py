@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from dist_export.verify.trtllm_engine import RankFile
 from dist_export.verify.trtllm_experts import ROUTER, SHARED_EXPERT_IN_MLP, Experts
+from dist_export.verify.trtllm_files import RankFile
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

@@ -23,8 +23,9 @@ from dist_export.verify import trace as at
 from dist_export.verify import trtllm_expert_layer as expert_layer
 from dist_export.verify.trace import Point, Trace, Unrecorded
 from dist_export.verify.trtllm_blocks import kinds
-from dist_export.verify.trtllm_engine import QK_NORM_EPSILON, EngineConfig, RankFile, open_ranks
+from dist_export.verify.trtllm_engine import QK_NORM_EPSILON, EngineConfig
 from dist_export.verify.trtllm_experts import Experts
+from dist_export.verify.trtllm_files import RankFile, open_ranks
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

@@ -28,8 +28,8 @@ heads: `dup_kv_weight` was called with them as columns.
 
 The checkpoints of StarCoder, StarCoder2, Gemma, Gemma 2 and Falcon are those of tests/support/family_models.py, put
 under transformers' names as NeMo's and Megatron-Bridge's mappings have them; all ran through the converter's path for a
-model in memory. It takes Gemma from a folder, whose `hidden_act` was made "gelu" as published Gemmas have it, leaves out
-its head, which is the embedding there, and can neither divide a vocabulary that tp does not divide nor repeat two
+model in memory. It takes Gemma from a folder, whose `hidden_act` was made "gelu" as published Gemmas have it, leaves
+out its head, which is the embedding there, and can neither divide a vocabulary that tp does not divide nor repeat two
 key/value heads for four ranks: gemma.json has one, gemma2.json four.
 """
 

@@ -98,7 +98,7 @@ FAULTS = {
     "family: lama": "family lama: unknown",
     "family: llama\nrules: []": "unknown key rules; known: checks, family, hf, name, source, trtllm",
     "family: llama\nsource: [{source: a.weight}]": "expected a mapping with source, logical",
-    "family: llama\nsource: [{source: a, logical: b, op: split}]": "a: op split is none of same, split_qkv, split_halves",
+    "family: llama\nsource: [{source: a, logical: b, op: split}]": "a: op split is none of same, split_qkv",
     "family: llama\nhf: {rules: [{target: x, inputs: [{logical: y, shard: colum}]}]}": "x: shard colum is none of",
     "family: llama\nhf: {remove: [nothing]}": "remove: nothing: the family has no such target tensor",
     "family: llama\nhf: {rules: [{target: x, inputs: []}]}": "x: has no inputs",
