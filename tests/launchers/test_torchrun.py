@@ -42,7 +42,9 @@ def test_the_same_bytes_as_without_a_launcher(num_processes: int, save: Path, tm
     process = run_torchrun(num_processes, save, "launched", *options, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     names = [*(f"rank{rank}.safetensors" for rank in range(4)), "config.json"]
-    assert sorted(path.name for path in (tmp_path / "launched").iterdir()) == sorted([*names, "export_manifest.json"])
+    assert sorted(path.name for path in (tmp_path / "launched").iterdir()) == sorted(
+        [*names, "export_manifest.json", "export_report.html"]
+    )
     for name in names:
         assert (tmp_path / "launched" / name).read_bytes() == (alone / name).read_bytes()
     manifests = [folder / "export_manifest.json" for folder in (alone, tmp_path / "launched")]

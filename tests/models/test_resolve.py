@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from saved_arguments import ABSENT, GPT2, LAYER, LLAMA, LLAMA_MAIN, MIXTRAL, NAMES, Checkpoint
+from recorded_arguments import ABSENT, GPT2, LAYER, LLAMA, LLAMA_MAIN, MIXTRAL, NAMES, Checkpoint
 
 from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig, RopeScaling
