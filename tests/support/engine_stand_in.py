@@ -177,7 +177,9 @@ def gpus(folder: Path, *capabilities: str) -> dict[str, str]:
     program = programs / "nvidia-smi"
     program.write_text(f"#!/bin/sh\ncat <<END\n{lines}END\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    # All of them visible, whatever another test's import of Megatron on a CPU has left in this process's environment.
+    visible = ",".join(map(str, range(len(capabilities))))
+    return {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": visible}
 
 
 def calls_in(folder: Path) -> list[dict[str, Any]]:
