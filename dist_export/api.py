@@ -10,7 +10,6 @@ from typing import Any
 from dist_export.checkpoint.adapters import is_adapter
 from dist_export.checkpoint.calibration import with_calibration
 from dist_export.checkpoint.open import Checkpoint, open_checkpoint
-from dist_export.checkpoint.quantizer_names import quantizer_tensor
 from dist_export.families.mapping import CodeMapping, ModelMapping
 from dist_export.families.registry import choose_family
 from dist_export.models.adapters import updates_of
@@ -69,7 +68,7 @@ class OpenedModel:
     def quantization(self, family: Family) -> Quantization | None:
         """How its export quantises, None when it does not. Reads the quantisers' states on first use."""
         if not self._states:
-            self._states.append(read_quantiser_states(self.checkpoint, self.options))
+            self._states.append(read_quantiser_states(self.checkpoint, self.quantizers, self.options))
         logical = LogicalModel(self.catalog, family.source_rules, self.resolved.config)
         return decide(self._states[0], self.quantizers, logical, self.options)
 
@@ -89,9 +88,9 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
     if source.calibration is not None:
         checkpoint = replace(checkpoint, index=with_calibration(checkpoint.index, source.calibration))
     shapes = checkpoint.index.shapes()
-    model = {n: each for n, each in shapes.items() if not is_adapter(n) and quantizer_tensor(n) is None}
-    catalog = SourceCatalog(model)
     quantizers = QuantizerTensors.of(shapes, lambda name: checkpoint.index.tensors[name].num_chunks)
+    quantised = quantizers.names
+    catalog = SourceCatalog({n: each for n, each in shapes.items() if not is_adapter(n) and n not in quantised})
     resolved = resolve_config(
         arguments=checkpoint.arguments,
         shapes=unpacked_shapes(catalog),

@@ -12,7 +12,7 @@ from dist_export.checkpoint.extra_state_records import read_states
 from dist_export.checkpoint.modelopt_files import read_modelopt_files
 from dist_export.checkpoint.modelopt_state import ModeloptScheme, modelopt_scheme_of
 from dist_export.checkpoint.open import Checkpoint
-from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer, quantizer_tensor
+from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
 from dist_export.checkpoint.te_states import ExpertGroups, TeScales, te_scales_of
 from dist_export.errors import ExportError, Faults
@@ -82,14 +82,16 @@ class States:
     te: TeScales
 
 
-def read_quantiser_states(checkpoint: Checkpoint, options: QuantizationOptions) -> States:
+def read_quantiser_states(
+    checkpoint: Checkpoint, tensors: QuantizerTensors, options: QuantizationOptions
+) -> States:
     """Read the layers' states and ModelOpt's files. `ExportError` for what cannot be read.
 
     The layers' states are not opened for an export that nothing asks to quantise: no option, no quantiser's tensor, no
     file of ModelOpt. Every layer has one, and TransformerEngine writes them in training of any kind.
     """
     saved = read_modelopt_files(checkpoint.index)
-    quantised = saved is not None or any(map(quantizer_tensor, checkpoint.index.tensors))
+    quantised = saved is not None or bool(tensors.names)
     if not quantised and options == replace(QuantizationOptions(), exclude=options.exclude):
         return States(None, TeScales())
     states = list(read_states(checkpoint.index))

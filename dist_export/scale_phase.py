@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def find_scales(
         table = table_of(entries, all_reduce_max(values, group, step="scales", device=device), quantization)
         if kept is not None:
             try:
-                kept.write_bytes(table.encode())
+                part = kept.with_suffix(".part")  # a kill must not leave half a table for a resumed run to read
+                part.write_bytes(table.encode())
+                os.replace(part, kept)
             except OSError as error:
                 raise write_error(kept, error) from error
         return table, sum(entries[number].num_bytes_needed for number in mine), sources.num_bytes_read

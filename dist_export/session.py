@@ -310,15 +310,16 @@ class ExportSession:
         executor.converter = converter_for(computed, self.options.device, self._device) if computed else None
         executor.reader = ViewReader(executor.sources, index.shapes(), self.job.catalog.updates)
         if encoded:
-            executor.encoder = self._encoder(executor.sources)
+            executor.encoder = self._encoder(executor.reader)
         return executor
 
-    def _encoder(self, sources: SourceFiles) -> TensorEncoder:
+    def _encoder(self, reader: ViewReader) -> TensorEncoder:
         """What makes codes and scales. Torch is imported here."""
         from dist_export.convert.encode import Encoder
+
         assert self._table is not None, "the scale phase comes first"
-        shapes, updates = self.checkpoint.index.shapes(), self.job.catalog.updates
-        return Encoder(self._table, ViewReader(sources, shapes, updates, self._table.rows), self._device())
+        measured = ViewReader(reader.sources, reader.shape_of, reader.updates, self._table.rows)
+        return Encoder(self._table, measured, self._device())
 
     def _find_scales(self) -> None:
         quantization = next((plan.quantization for plan in self.job.plans if plan.quantization), None)

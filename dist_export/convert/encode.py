@@ -18,10 +18,11 @@ import torch
 
 from dist_export.convert.numpy_arithmetic import from_float32, to_float32
 from dist_export.convert.quality import Key, Qualities, Quality, sampled_rows
-from dist_export.convert.scale_table import FP8_MAX, ScaleTable
+from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError
 from dist_export.models.value_ops import ValueOp
+from dist_export.plan.quantize import FP8_MAX
 from dist_export.plan.recipes import (
     Codes,
     Constant,

@@ -23,6 +23,7 @@ from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.quantization import PER_TENSOR, STATIC_INPUT, Quantization, kv_module, row_slab
+from dist_export.plan.quantize import FP8_MAX
 from dist_export.tensors.dtypes import dtype_by_name
 
 Float32 = npt.NDArray[np.float32]
@@ -74,9 +75,6 @@ class ScaleTable:
         weights, inputs = ({m: np.float32(value) for m, value in each.items()} for each in tables[:2])
         by_row = {name: np.frombuffer(b64decode(text), "<f4") for name, text in rows.items()}
         return ScaleTable(weights, inputs, tables[2], tables[3], by_row)
-
-
-FP8_MAX, NVFP4_MAX, INT8_MAX, INT4_MAX = 448.0, 6.0 * 448.0, 127.0, 7.0
 
 
 def _scale(amax: np.float32, divisor: float) -> np.float32:

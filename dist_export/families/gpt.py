@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dist_export.models.config import ModelConfig
 from dist_export.models.megatron import DENSE_GPT, any_bias, gated, not_gated, untied
 from dist_export.models.rules import Family, Input, Scope, TargetRule
@@ -78,28 +80,34 @@ ENGINE = EngineModel(
 HF_LAYER = "transformer.h.{layer}."
 
 
-def conv1d(target: str, *logical: str) -> tuple[TargetRule, ...]:
-    """transformers' Conv1D: the weight is stored ``[in, out]``."""
+def hf_linear(target: str, *logical: str, transposed: bool) -> tuple[TargetRule, ...]:
+    """A linear layer, whose bias is always there; several logical layers are joined."""
     weights = tuple(Input(LOGICAL + name + ".weight") for name in logical)
     biases = tuple(Input(LOGICAL + name + ".bias", zeros_for=LOGICAL + name + ".weight") for name in logical)
     return (
-        TargetRule(HF_LAYER + target + ".weight", weights, transposed=True),
+        TargetRule(HF_LAYER + target + ".weight", weights, transposed=transposed),
         TargetRule(HF_LAYER + target + ".bias", biases),
     )
 
 
-TABLE = (
-    tensor("transformer.wte.weight", "embedding.weight", scope=Scope.FIRST),
-    tensor("transformer.wpe.weight", "position_embedding.weight", scope=Scope.FIRST),
-    *norm(HF_LAYER + "ln_1", LOGICAL + "attention.norm", bias=True),
-    *conv1d("attn.c_attn", "attention.query", "attention.key", "attention.value"),
-    *conv1d("attn.c_proj", "attention.output"),
-    *norm(HF_LAYER + "ln_2", LOGICAL + "mlp.norm", bias=True),
-    *conv1d("mlp.c_fc", "mlp.up"),
-    *conv1d("mlp.c_proj", "mlp.down"),
-    *norm("transformer.ln_f", "final_norm", scope=Scope.LAST, bias=True),
-    tensor("lm_head.weight", "head.weight", scope=Scope.LAST, when=untied),
-)
+def hf_table(*, transposed: bool) -> tuple[TargetRule, ...]:
+    """GPT-2's names. transformers' Conv1D stores weights `transposed`, ``[in, out]``; GPTBigCode has plain ones."""
+    linear_of = partial(hf_linear, transposed=transposed)
+    return (
+        tensor("transformer.wte.weight", "embedding.weight", scope=Scope.FIRST),
+        tensor("transformer.wpe.weight", "position_embedding.weight", scope=Scope.FIRST),
+        *norm(HF_LAYER + "ln_1", LOGICAL + "attention.norm", bias=True),
+        *linear_of("attn.c_attn", "attention.query", "attention.key", "attention.value"),
+        *linear_of("attn.c_proj", "attention.output"),
+        *norm(HF_LAYER + "ln_2", LOGICAL + "mlp.norm", bias=True),
+        *linear_of("mlp.c_fc", "mlp.up"),
+        *linear_of("mlp.c_proj", "mlp.down"),
+        *norm("transformer.ln_f", "final_norm", scope=Scope.LAST, bias=True),
+        tensor("lm_head.weight", "head.weight", scope=Scope.LAST, when=untied),
+    )
+
+
+TABLE = hf_table(transposed=True)
 
 
 def hf_fields(model: ModelConfig) -> dict[str, object]:

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 from dist_export.families import gpt
 from dist_export.models.config import ModelConfig
-from dist_export.models.megatron import DENSE_GPT, untied
-from dist_export.models.rules import Family, Input, Scope, TargetRule
+from dist_export.models.megatron import DENSE_GPT
+from dist_export.models.rules import Family
 from dist_export.targets.huggingface import config as hf
 from dist_export.targets.huggingface.architecture import HuggingFaceModel
-from dist_export.targets.huggingface.tables import LOGICAL, norm, tensor
 
 
 def unmet(config: ModelConfig) -> list[str]:
@@ -30,28 +29,7 @@ def engine_fields(model: ModelConfig) -> dict[str, object]:
     return fields | ({"hidden_act": "gelu_pytorch_tanh"} if model.activation == "gelu_tanh" else {})
 
 
-LAYER = "transformer.h.{layer}."
-
-
-def linear(target: str, *logical: str) -> tuple[TargetRule, ...]:
-    """A linear layer, whose bias is always there; several logical layers are joined."""
-    weights = tuple(Input(LOGICAL + name + ".weight") for name in logical)
-    biases = tuple(Input(LOGICAL + name + ".bias", zeros_for=LOGICAL + name + ".weight") for name in logical)
-    return TargetRule(LAYER + target + ".weight", weights), TargetRule(LAYER + target + ".bias", biases)
-
-
-TABLE = (
-    tensor("transformer.wte.weight", "embedding.weight", scope=Scope.FIRST),
-    tensor("transformer.wpe.weight", "position_embedding.weight", scope=Scope.FIRST),
-    *norm(LAYER + "ln_1", LOGICAL + "attention.norm", bias=True),
-    *linear("attn.c_attn", "attention.query", "attention.key", "attention.value"),
-    *linear("attn.c_proj", "attention.output"),
-    *norm(LAYER + "ln_2", LOGICAL + "mlp.norm", bias=True),
-    *linear("mlp.c_fc", "mlp.up"),
-    *linear("mlp.c_proj", "mlp.down"),
-    *norm("transformer.ln_f", "final_norm", scope=Scope.LAST, bias=True),
-    tensor("lm_head.weight", "head.weight", scope=Scope.LAST, when=untied),
-)
+TABLE = gpt.hf_table(transposed=False)
 """GPT-2's names, but plain ``[out, in]`` weights: transformers/models/gpt_bigcode/modeling_gpt_bigcode.py."""
 
 

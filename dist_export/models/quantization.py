@@ -80,6 +80,11 @@ class QuantizerTensors:
                 own[name] = (shape, dtype)
         return cls(SourceCatalog(own), num_chunks, common)
 
+    @property
+    def names(self) -> set[str]:
+        """The stored tensors among them."""
+        return {*self.catalog.tensors, *(each.slab.name for each in self.of_all_experts.values())}
+
     def find(
         self, module: ModuleName, quantizer: Quantizer, quantity: Quantity, number: int | None = None
     ) -> SourceTensor | None:
