@@ -22,9 +22,8 @@ from dist_export.models.rules import Family
 from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
 from dist_export.quantization import QuantizationOptions, States, decide, read_quantiser_states
-from dist_export.targets.huggingface import target as huggingface_target
 from dist_export.targets.huggingface.target import HuggingFaceOptions
-from dist_export.targets.trtllm import target as trtllm_target
+from dist_export.targets.registry import target_of
 from dist_export.targets.trtllm.target import TrtllmOptions
 
 TargetOptions = TrtllmOptions | HuggingFaceOptions
@@ -107,9 +106,7 @@ def plan(model: OpenedModel, options: TargetOptions, *, family: str | None = Non
     config = model.resolved.config
     chosen = choose_family(config, family) if model.mapping is None else model.mapping.family(config)
     more: dict[str, Any] = {"quantization": model.quantization(chosen), "folder": folder}
-    if isinstance(options, HuggingFaceOptions):
-        return huggingface_target.plan_export(chosen, model.resolved, model.catalog, options, **more)
-    return trtllm_target.plan_export(chosen, model.resolved, model.catalog, options, **more)
+    return target_of(options).plan_export(chosen, model.resolved, model.catalog, options, **more)
 
 
 def plan_job(model: OpenedModel, targets: Sequence[TargetOptions], *, family: str | None = None) -> ExportJob:
@@ -122,4 +119,4 @@ def plan_job(model: OpenedModel, targets: Sequence[TargetOptions], *, family: st
 
 def target_name(options: TargetOptions) -> str:
     """``hf`` or ``trtllm``."""
-    return huggingface_target.NAME if isinstance(options, HuggingFaceOptions) else trtllm_target.NAME
+    return target_of(options).name

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
 import dist_export
@@ -129,6 +130,7 @@ def build_manifest(
             "folder": str(checkpoint.index.origin),
             "format": checkpoint.index.format,
             "iteration": checkpoint.iteration,
+            "training_layout": checkpoint.training_layout,
             **({"adapters": asdict(checkpoint.adapters)} if checkpoint.adapters else {}),
             "ignored": {reason: asdict(what) for reason, what in checkpoint.index.ignored.items()},
             "elements_left_out": dict(left_out),
@@ -137,7 +139,7 @@ def build_manifest(
             "name": plan.target,
             "architecture": plan.architecture,
             "family": plan.family.name,
-            **{name: fact for name, fact in plan.facts.items() if name != "next"},
+            **plan.facts,
             "plan_digest": plan.digest(),
         },
         "model": {
@@ -145,15 +147,18 @@ def build_manifest(
             for name, value in asdict(plan.resolved.config).items()
         },
         "notes": list(plan.notes),
+        "serve": list(plan.serve),
         "checksum": "CRC-32 of each tensor's bytes",
         "copied": {name: str(path) for name, path in plan.copies.items()},
         "files": files,
     }
 
 
-def run_statistics(reports: Iterable[RankReport]) -> list[dict[str, object]]:
-    """Per process what it read, wrote and used."""
-    return [{k: v for k, v in asdict(report).items() if k not in ("runs", "quality")} for report in reports]
+def run_statistics(reports: Iterable[RankReport]) -> dict[str, object]:
+    """When and where the run finished, and per process what it read, wrote and used."""
+    kept = [{k: v for k, v in asdict(report).items() if k not in ("runs", "quality")} for report in reports]
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"finished": finished, "host": platform.node(), "processes": kept}
 
 
 def holds_export(folder: Path, *, fingerprint: Mapping[str, object], request: Mapping[str, object]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from dist_export.api import OpenedModel
 from dist_export.checkpoint.contents import contents, generation
 from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.convert.measuring import USUAL_ROOM, measured_slabs, num_bytes_to_measure
 from dist_export.convert.scale_table import entries_of
 from dist_export.errors import ExportError
 from dist_export.families.registry import choose_family
@@ -18,7 +19,7 @@ from dist_export.models.quantization import Quantization
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import make_placement, work_of
 from dist_export.plan.shard import ShardPlan
-from dist_export.plan.work import collect_uses
+from dist_export.plan.work import WorkItem, collect_uses
 from dist_export.quantization_report import describe
 from dist_export.runtime.progress import format_bytes, format_rate
 
@@ -42,7 +43,7 @@ def inspection(model: OpenedModel) -> dict[str, Any]:
         "iteration": model.checkpoint.iteration,
         "adapters": asdict(model.checkpoint.adapters) if model.checkpoint.adapters else None,
         "contents": contents(index),
-        "training_layout": training_layout(model),
+        "training_layout": model.checkpoint.training_layout,
         "num_files": len(index.files),
         "num_chunks": index.num_chunks,
         "weight_share": weight_share(index),
@@ -59,24 +60,6 @@ def weight_share(index: CheckpointIndex) -> float:
     """How much of what the checkpoint's tensors take is weights, from 0 to 1."""
     ignored = sum(what.num_bytes for what in index.ignored.values())
     return index.num_weight_bytes / max(index.num_weight_bytes + ignored, 1)
-
-
-LAYOUT_ARGUMENTS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "cp": "context_parallel_size",
-    "dp": "data_parallel_size",
-}
-
-
-def training_layout(model: OpenedModel) -> dict[str, int]:
-    """Parallel sizes of the training run, as far as its arguments say."""
-    arguments = model.checkpoint.arguments or {}
-    found = {axis: arguments.get(name) for axis, name in LAYOUT_ARGUMENTS.items()}
-    return {axis: size for axis, size in found.items() if isinstance(size, int)}
 
 
 def inspection_text(model: OpenedModel) -> str:
@@ -142,7 +125,8 @@ def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapp
     shards = job.shards()
     slabs, fills = collect_uses(shards, job.catalog.tensors, updates=job.catalog.updates)
     placement = make_placement([0] * len(shards), [shard.num_data_bytes for shard in shards.values()])
-    reads = [sum(i.num_bytes_needed for i in work_of(n, placement, slabs)) for n in range(len(shards))]
+    work = [work_of(number, placement, slabs) for number in range(len(shards))]
+    reads = [sum(item.num_bytes_needed for item in items) for items in work]
     for fill in fills:
         reads[fill.output.file] += fill.num_bytes_needed
     return {
@@ -154,12 +138,12 @@ def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapp
                 "folder": plan.folder,
                 "architecture": plan.architecture,
                 "family": plan.family.name,
-                "facts": {name: fact for name, fact in plan.facts.items() if name != "next"},
+                "facts": dict(plan.facts),
                 "options": dict(plan.options),
                 "config": dict(plan.config),
                 "notes": list(plan.notes),
                 "elements_left_out": dict(left_out[plan.target]),
-                "quantization": scale_summary(plan.quantization),
+                "quantization": scale_summary(plan.quantization, work),
                 "files": [_file_summary(shards[number], reads[number]) for number in job.numbered(plan)],
             }
             for plan in job.plans
@@ -167,19 +151,39 @@ def plan_summary(model: OpenedModel, job: ExportJob, left_out: Mapping[str, Mapp
     }
 
 
-def scale_summary(quantization: Quantization | None) -> dict[str, Any] | None:
-    """How linears are quantised, where the scales come from and what it takes to find them; None when they are not."""
+def scale_summary(quantization: Quantization | None, work: Sequence[Sequence[WorkItem]] = ()) -> dict[str, Any] | None:
+    """How linears are quantised, where the scales come from and what it takes to find them; None when they are not.
+
+    `work`: what a process per output file transfers, where that is known. Of what it measures it keeps in memory what
+    the usual budget has room for, and reads the rest once more.
+    """
     if quantization is None:
         return None
     entries = entries_of(quantization)
-    measured = [entry for entry in entries if entry.stored is None and entry.measured]
+    measured, slabs = [entry for entry in entries if entry.stored is None], measured_slabs(entries)
+    each = [num_bytes_to_measure(items, slabs) for items in work]
+    kept = [min(num_bytes, USUAL_ROOM) for num_bytes in each]
+    costs = {"bytes_kept_in_memory": sum(kept), "bytes_read_twice": sum(each) - sum(kept)} if work else {}
     return {
         **describe(quantization),
         "num_scales_stored": sum(entry.stored is not None for entry in entries),
         "num_scales_from_training": len(quantization.input_scales),
         "num_scales_measured": sum(entry.size for entry in measured),
         "bytes_measured": sum(entry.num_bytes for entry in measured),
+        **costs,
     }
+
+
+def _cost(facts: Mapping[str, Any]) -> str:
+    """Of measuring weights."""
+    if "bytes_read_twice" not in facts:
+        return f"on {format_bytes(facts['bytes_measured'])} of weights"
+    kept, again = facts["bytes_kept_in_memory"], facts["bytes_read_twice"]
+    told = [
+        f"kept in memory: {format_bytes(kept)}" if kept else "",
+        f"read twice: {format_bytes(again)}" if again else "",
+    ]
+    return "weights " + ", ".join(filter(None, told))
 
 
 def _quantization_lines(facts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -190,7 +194,7 @@ def _quantization_lines(facts: Mapping[str, Any] | None) -> list[tuple[str, str]
     lines = [("quantised", f"{linears}{cache}; as {facts['origin']} says")]
     if "num_scales_stored" in facts:
         text = f"{facts['num_scales_stored']} read, {facts['num_scales_from_training']} of TransformerEngine's states"
-        cost = f" ({format_bytes(facts['bytes_measured'])} of weights read twice)" if facts["bytes_measured"] else ""
+        cost = f" ({_cost(facts)})" if facts["bytes_measured"] else ""
         lines.append(("scales", f"{text}, {facts['num_scales_measured']} measured{cost}"))
     return lines
 
@@ -258,7 +262,8 @@ def closing_text(job: ExportJob, output: Path, reports: Sequence[RankReport]) ->
     lines += _profile_lines(reports)
     lines += _notes(dict.fromkeys(note for plan in job.plans for note in plan.notes))
     folders = ((plan, output / plan.folder if plan.folder != "." else output) for plan in job.plans)
-    return "\n".join(lines + [f"next: {plan.facts['next'].format(output=folder)}" for plan, folder in folders])
+    lines += [f"next: {command.format(output=folder)}" for plan, folder in folders for command in plan.serve[:1]]
+    return "\n".join(lines)
 
 
 def _profile_lines(reports: Sequence[RankReport]) -> list[str]:
@@ -267,9 +272,7 @@ def _profile_lines(reports: Sequence[RankReport]) -> list[str]:
     if not kinds:
         return []
     head: tuple[object, ...] = ("seconds of work", *(f"rank {report.rank}" for report in reports[:MOST_COLUMNS]))
-    rows = [
-        (kind, *(f"{report.profile.get(kind, 0.0):.3f}" for report in reports[:MOST_COLUMNS])) for kind in kinds
-    ]
+    rows = [(kind, *(f"{report.profile.get(kind, 0.0):.3f}" for report in reports[:MOST_COLUMNS])) for kind in kinds]
     return [table([head, *rows])]
 
 

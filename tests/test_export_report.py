@@ -64,6 +64,7 @@ def test_every_figure_is_the_manifests(exported: Path) -> None:
     for field in ("hidden_size", "num_layers"):
         assert str(manifest["model"][field]["value"]) in page.words
     assert f"trtllm-build --checkpoint_dir {exported}" in page.text
+    assert manifest["run"]["finished"] in page.text and "trained as tp1 pp1" in page.text
 
 
 def test_verification_is_shown_where_it_was_run(exported: Path, tmp_path: Path) -> None:
@@ -76,8 +77,11 @@ def test_verification_is_shown_where_it_was_run(exported: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     page = Text((tmp_path / "page.html").read_text())
     assert "All levels passed." in page.words
-    assert str(json.loads(verified.stdout)["num_bytes_compared"]) in page.words
-    assert "Not run yet:" in Text((exported / NAME).read_text()).text
+    assert f"({json.loads(verified.stdout)['num_bytes_compared']} bytes)" in page.text
+    assert "Verified: checksums, coverage, rebuild." in page.words
+    unverified = Text((exported / NAME).read_text())
+    assert "Not verified yet." in unverified.words
+    assert f"dist-export verify {checkpoint} {exported}" in unverified.text
     again = run_command("verify", checkpoint, exported)
     assert again.returncode == 0 and "not part of this export" not in again.stdout
 
@@ -94,7 +98,8 @@ def test_text_of_the_checkpoint_is_escaped(exported: Path) -> None:
     page = render(manifest, quantization=report, verification={"faults": [{"where": "<u>", "what": "x"}]})
     assert "<script>" not in page and "<b>" not in page and "<i>" not in page and "<u>" not in page
     text = Text(page).text
-    assert "layers.0.<i>.weight" in text and "25.0000 %" in text and "<u>: x" in text and "1 faults." in text
+    for words in ("layers.0.<i>.weight", "25.0000 %", "<u>: x", "Verification failed: 1 fault. Do not serve this."):
+        assert words in text
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:

@@ -83,3 +83,35 @@ def test_works_elsewhere(installed: Path, tmp_path: Path) -> None:
     write_torch_dist(tmp_path / "iter_0000010", model.tensors, args=model.args)
     run(program, "export", "iter_0000010", "out", "--num-processes", 1, "--vocab-size", 60)
     run(program, "verify", "iter_0000010", "out", "--num-processes", 1)
+
+
+def test_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
+    """With no more than the package itself needs: plain exports work, the rest names the extra."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    (packages,) = (tmp_path / "bare").glob("lib/python*/site-packages")
+    for name in ("numpy", "numpy.libs", "isal", "yaml", "_yaml"):
+        source = Path(sysconfig.get_path("purelib")) / name
+        if source.exists():
+            (packages / name).symlink_to(source)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [tmp_path / "bare" / "bin" / "python", "-m", "dist_export", *arguments]
+        return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    model = small_model(LLAMA)
+    write_torch_dist(tmp_path / "iter_0000010", model.tensors, args=model.args)
+    alone = ("--num-processes", 1)
+    done = run("export", "iter_0000010", "out", "--dtype", "float16", *alone)
+    assert done.returncode == 0, done.stderr
+    assert run("verify", "iter_0000010", "out", *alone).returncode == 0
+    for arguments in (
+        ("export", "iter_0000010", "fp8", "--quantization", "fp8_per_channel", *alone),
+        ("generate", "out", "--tokens", 1),
+        ("evaluate", "out", "--data", "texts.jsonl"),
+        ("verify", "iter_0000010", "out", "--logits", *alone),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and "pip install 'dist-export[torch]'" in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr

@@ -1,0 +1,62 @@
+"""The targets that are known: what every part of the program that goes by target asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dist_export.checkpoint.quantizer_scheme import Scheme
+from dist_export.plan.export import ExportPlan
+from dist_export.targets.huggingface import quantization as huggingface_quantization
+from dist_export.targets.huggingface import target as huggingface
+from dist_export.targets.trtllm import quantization as trtllm_quantization
+from dist_export.targets.trtllm import target as trtllm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Something that exports are made for."""
+
+    name: str
+    """As ``--target`` and the manifest have it, and the keys of `Family.architectures`."""
+    title: str
+    """For people."""
+    runtimes: str
+    """What loads its exports."""
+    options: Any
+    """The dataclass of what the user chooses; ``from_plain`` makes it from a manifest's values."""
+    plan_export: Callable[..., ExportPlan]
+    """(family, resolved configuration, catalog, options, quantization=, folder=) -> the plan, from metadata alone."""
+    schemes: tuple[Scheme, ...] = ()
+    """How its files can be quantised."""
+
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        name=trtllm.NAME,
+        title="TensorRT-LLM",
+        runtimes="TensorRT-LLM",
+        options=trtllm.TrtllmOptions,
+        plan_export=trtllm.plan_export,
+        schemes=tuple(trtllm_quantization.DIALECT.names),
+    ),
+    Target(
+        name=huggingface.NAME,
+        title="Hugging Face",
+        runtimes="vLLM, SGLang and TensorRT-LLM's PyTorch backend",
+        options=huggingface.HuggingFaceOptions,
+        plan_export=huggingface.plan_export,
+        schemes=huggingface_quantization.SCHEMES,
+    ),
+)
+
+
+def target_of(options: object) -> Target:
+    """The target that options, an instance of its dataclass, are for."""
+    return next(target for target in TARGETS if isinstance(options, target.options))
+
+
+def target_named(name: object) -> Target | None:
+    """The target of a name, or None."""
+    return next((target for target in TARGETS if target.name == name), None)
