@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,8 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
                      help="write to this folder of each node's own disk first, then gather")  # fmt: skip
     run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
+    run.add_argument("--device-memory", type=parse_size, default=2 << 30, metavar="SIZE",
+                     help="of a GPU, per process, default 2g")  # fmt: skip
     run.add_argument("--profile", type=Path, metavar="DIR",
                      help="a summary of the time, and every rank's timeline here")  # fmt: skip
     run.add_argument("--sha256", action="store_true", help="SHA-256 of every file in the manifest, for evidence")
@@ -84,18 +87,28 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``dist-export engine``, among them the options of trtllm-build as they are."""
+    from dist_export.engines.option_help import EPILOG, help_of, metavar_of
     from dist_export.engines.options import option_flags
 
-    parser.usage = "%(prog)s OUTPUT ENGINES [options] [--max_batch_size N and other options of trtllm-build]"
+    parser.usage = "%(prog)s OUTPUT ENGINES [options] [--max_batch_size N and others of trtllm-build]"
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=38, width=98)
+    parser.epilog = EPILOG
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a published export for TensorRT-LLM")
     parser.add_argument("engines", type=Path, metavar="ENGINES", help="folder of engines to create")
     parser.add_argument("--overwrite", action="store_true", help="replace the engines at ENGINES")
     _add_engine_options(parser)
+    group = parser.add_argument_group("options of trtllm-build (also with - for _)")
     for name, is_switch in option_flags().items():
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        flag = parser.add_argument(*spellings, dest=f"engine:{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        flag = group.add_argument(
+            f"--{name}", dest=f"engine:{name}", default=argparse.SUPPRESS, metavar=metavar_of(name), help=help_of(name)
+        )
         if is_switch:
             flag.nargs, flag.const = "?", "enable"
+        if "_" in name:
+            other = parser.add_argument(
+                f"--{name.replace('_', '-')}", dest=f"engine:{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+            other.nargs, other.const = flag.nargs, flag.const
 
 
 def _add_engine_options(parser: argparse._ActionsContainer) -> None:

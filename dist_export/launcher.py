@@ -37,6 +37,7 @@ def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOp
         overwrite=options.overwrite,
         resume=options.resume,
         host_memory=options.host_memory or default_host_memory(num_processes),
+        device_memory=options.device_memory,
         num_threads=options.num_threads,
         local_staging=options.local_staging.absolute() if options.local_staging else None,
         sha256=options.sha256,

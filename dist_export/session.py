@@ -16,17 +16,17 @@ from pathlib import Path
 from dist_export import __version__
 from dist_export.agreement import Agreement
 from dist_export.checkpoint.open import Checkpoint
-from dist_export.convert.choice import converter_for, device_of
-from dist_export.convert.execute import Budget, Executor, TensorEncoder
+from dist_export.convert.execute import Executor
 from dist_export.convert.journal import Done, read_fingerprint, remove_journals, write_fingerprint
-from dist_export.convert.outputs import OutputFile
+from dist_export.convert.measuring import KeepingSources, room_for_kept
+from dist_export.convert.outputs import WritableFile
 from dist_export.convert.profile import Profile
-from dist_export.convert.scale_table import ScaleTable
-from dist_export.convert.sources import SourceFiles
+from dist_export.convert.remeasure import measure_done
 from dist_export.convert.view_reader import ViewReader
 from dist_export.documents import write_documents
 from dist_export.errors import ExportError
 from dist_export.local_staging import local_folder, make_local_folder, read_token, remove_local_folder, write_token
+from dist_export.machinery import Resources, make_executor
 from dist_export.manifest import (
     CollectedReports,
     RankReport,
@@ -44,9 +44,10 @@ from dist_export.runtime import publication
 from dist_export.runtime.failure import PeerFailedError, is_resumable
 from dist_export.runtime.group import Group
 from dist_export.runtime.usage import Usage, physical_memory
+from dist_export.runtime.watch import Watcher
 from dist_export.runtime.world import node_name
-from dist_export.scale_phase import KEPT, find_scales
-from dist_export.staged_files import StagedFiles
+from dist_export.scale_phase import KEPT, FoundScales, find_scales
+from dist_export.staged_files import RunFiles, StagedFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,8 @@ class RunOptions:
     """Go on where an earlier run of the same export was stopped."""
     host_memory: int = 1 << 30
     """Bytes for buffers, per process."""
+    device_memory: int = 2 << 30
+    """Bytes of a GPU, per process."""
     num_threads: int = 2
     local_staging: Path | None = None
     """An existing folder on every node's own disk, to write the files in before they are gathered."""
@@ -89,7 +92,7 @@ class ExportSession:
     profile: Profile = field(init=False)
     already_done: bool = False
     """After `run`: it found that the output is a published export of the same job."""
-    _table: ScaleTable | None = None
+    _scales: FoundScales = field(default_factory=FoundScales)
     _local: Path | None = None
     """This node's own folder, in the process that removes it."""
     _stale: str = ""
@@ -119,6 +122,7 @@ class ExportSession:
             group.gather_each("reports", self.report.encode(), collected.add)
             if group.rank == 0:
                 self._finish(collected)
+            self._conclude()
         except BaseException as error:
             # Not a signal: that may be a launcher's answer to the death of another rank, which the group finds out.
             if isinstance(error, Exception) and not isinstance(error, PeerFailedError):
@@ -221,7 +225,7 @@ class ExportSession:
 
     def _compare_digests(self, agreement: Agreement, placement: Placement) -> None:
         for number in placement.files_near(self.group.rank):
-            own = self.job.shard(number).digest()
+            own = self.job.summary(number).digest
             if own != agreement.digests[number]:
                 raise ExportError(
                     f"rank {self.group.rank} plans {self.job.path(number)} differently from rank 0 (digests {own[:12]} "
@@ -241,10 +245,10 @@ class ExportSession:
         """Do this process's share of the work. What it owns is on disk when it returns."""
         staging = publication.staging_folder(self.options.output)
         local = self._make_local_folder(agreement)
-        files = StagedFiles(self.job, self.group, placement, staging, local, agreement.attempt)
+        files = self._files(agreement, placement, staging, local)
         with self.profile.span("plan"):
             items, fills = self._work(placement)
-        self._find_scales()
+        self._find_scales(items)
         files.create(resumed=agreement.resumed)
         done = files.share_found() if agreement.resumed else {}
         with self.profile.span("wait"):
@@ -255,6 +259,8 @@ class ExportSession:
             executor.done, executor.journal, executor.profile = Done(done), files.journal, self.profile
             files.hand_over(executor.ledger)
             with closing(executor.sources), self._phase("transfer"):
+                if executor.done and executor.encoder is not None:
+                    measure_done(executor, items)
                 executor.run(items, fills)
             if local is not None:
                 with self._phase("gather"):
@@ -270,6 +276,13 @@ class ExportSession:
         self.report.bytes_written = sum(output.num_bytes_written for output in files.outputs.values())
         self.report.bytes_gathered = files.bytes_gathered
         return executor
+
+    def _files(self, agreement: Agreement, placement: Placement, staging: Path, local: Path | None) -> RunFiles:
+        """Where this process's share of the work is written."""
+        return StagedFiles(self.job, self.group, placement, staging, local, agreement.attempt)
+
+    def _conclude(self) -> None:
+        """What all ranks still do once rank 0 has finished: nothing."""
 
     def _make_local_folder(self, agreement: Agreement) -> Path | None:
         """This node's own folder, made by one of its processes; None where there is none."""
@@ -288,58 +301,50 @@ class ExportSession:
         return folder
 
     def _executor(
-        self, outputs: Mapping[int, OutputFile], items: Sequence[WorkItem], fills: Sequence[Fill]
+        self, outputs: Mapping[int, WritableFile], items: Sequence[WorkItem], fills: Sequence[Fill]
     ) -> Executor:
         self.report.bytes_needed += sum(item.num_bytes_needed for item in items)
         self.report.bytes_needed += sum(fill.num_bytes_needed for fill in fills)
         total = sum(item.num_bytes_written for item in items) + sum(fill.num_bytes_written for fill in fills)
         self.group.progress.add(total=total if self.options.local_staging is None else 2 * total)
-        computed = [use for item in items for use in item.uses if not use.output.planned.moves_only]
-        encoded = any(use.output.planned.recipe for use in computed) or any(f.output.planned.is_small for f in fills)
-        budget = Budget.within(
-            self.options.host_memory, num_threads=self.options.num_threads, value_ops=bool(computed)
-        )
         index = self.checkpoint.index
-        executor = Executor(
-            SourceFiles(index, give_back=index.num_weight_bytes > physical_memory() // 4),
+        sources = KeepingSources(index, self._scales.kept, give_back=index.num_weight_bytes > physical_memory() // 4)
+        return make_executor(
             outputs,
-            budget=budget,
-            observer=_Watcher(self.group),
+            (items, fills),
+            ViewReader(sources, index.shapes(), self.job.catalog.updates),
+            table=self._scales.table,
+            resources=self._resources(),
+            observer=Watcher(self.group),
         )
-        computed = [use for use in computed if use.output.planned.recipe is None]
-        executor.converter = converter_for(computed, self.options.device, self._device) if computed else None
-        executor.reader = ViewReader(executor.sources, index.shapes(), self.job.catalog.updates)
-        if encoded:
-            executor.encoder = self._encoder(executor.reader)
-        return executor
 
-    def _encoder(self, reader: ViewReader) -> TensorEncoder:
-        """What makes codes and scales. Torch is imported here."""
-        from dist_export.convert.encode import Encoder
+    def _resources(self) -> Resources:
+        options = self.options
+        return Resources(
+            host_memory=options.host_memory,
+            device_memory=options.device_memory,
+            num_threads=options.num_threads,
+            device=options.device,
+            local_rank=self.group.world.local_rank,
+        )
 
-        assert self._table is not None, "the scale phase comes first"
-        measured = ViewReader(reader.sources, reader.shape_of, reader.updates, self._table.rows)
-        return Encoder(self._table, measured, self._device())
-
-    def _find_scales(self) -> None:
+    def _find_scales(self, items: Sequence[WorkItem]) -> None:
         quantization = next((plan.quantization for plan in self.job.plans if plan.quantization), None)
         if quantization is None:
             return
         with self._phase("scales"):
-            self._table, needed, num_bytes = find_scales(
+            device, options = self._resources().torch_device(), self.options
+            self._scales = find_scales(
                 quantization,
                 self.checkpoint.index,
                 self.group,
-                device=self._device(),
-                updates=self.job.catalog.updates,
+                items=items,
+                room=room_for_kept(options.host_memory, num_threads=options.num_threads, device=device),
+                device=device,
                 staging=self.staging.folder if self.staging is not None else None,
             )
-        self.report.bytes_needed += needed
-        self.report.bytes_read += num_bytes
-
-    def _device(self) -> str:
-        """The torch device of this process. Torch is imported here, where it is to be found out."""
-        return device_of(self.options.device, self.group.world.local_rank)
+        self.report.bytes_needed += self._scales.bytes_needed
+        self.report.bytes_read += self._scales.bytes_read
 
     def _fill_report(self, executor: Executor, started: Usage) -> None:
         now = Usage.now()
@@ -354,23 +359,32 @@ class ExportSession:
     def _finish(self, collected: CollectedReports) -> None:
         """Rank 0: prove that every byte was written, then write manifests and configurations and publish."""
         assert self.staging is not None
-        self.group.enter_phase("publish")
-        files = [file_entries(plan, self.job.numbered(plan), collected) for plan in self.job.plans]
-        if self.checkpoint.fingerprint() != self.source_fingerprint:
-            raise ExportError(f"{self.checkpoint.index.origin}: files changed during the export; start it again")
+        files = self._checked_files(collected)
         folder = self.staging.finish()
         remove_journals(folder)
         (folder / KEPT).unlink(missing_ok=True)
         for plan, entries in zip(self.job.plans, files, strict=True):
-            manifest = build_manifest(self.checkpoint, plan, entries, left_out=self.left_out[plan.target])
-            manifest["request"] = self._request_of(plan)
-            manifest["fingerprint"] = self._fingerprint()
-            manifest["run"] = {"processes": run_statistics(collected.reports)}
-            table = self._table or ScaleTable({}, {}, {})
-            report = quantization_report(plan, self.job.numbered(plan), collected.qualities, table)
-            shown_as = self.options.output / plan.folder
-            write_documents(folder / plan.folder, plan, manifest, quantization=report, shown_as=shown_as)
+            self._write_documents(folder / plan.folder, plan, entries, collected)
         self.staging.publish()
+
+    def _checked_files(self, collected: CollectedReports) -> list[dict[str, object]]:
+        """Rank 0: the manifest's entries of every plan's files. `ExportError` unless all is written, of one source."""
+        self.group.enter_phase("publish")
+        files = [file_entries(plan, self.job.numbered(plan), collected) for plan in self.job.plans]
+        if self.checkpoint.fingerprint() != self.source_fingerprint:
+            raise ExportError(f"{self.checkpoint.index.origin}: files changed during the export; start it again")
+        return files
+
+    def _write_documents(
+        self, folder: Path, plan: ExportPlan, entries: Mapping[str, object], collected: CollectedReports, **more: object
+    ) -> None:
+        """Rank 0: everything but the tensor files of a plan, with `more` in the manifest."""
+        manifest = build_manifest(self.checkpoint, plan, entries, left_out=self.left_out[plan.target])
+        manifest |= {"request": self._request_of(plan), "fingerprint": self._fingerprint(), **more}
+        manifest["run"] = run_statistics(collected.reports)
+        numbers, table = self.job.numbered(plan), self._scales.table
+        report = quantization_report(plan, numbers, collected.qualities, table)
+        write_documents(folder, plan, manifest, quantization=report, shown_as=self.options.output / plan.folder)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -381,16 +395,3 @@ class ExportSession:
         self.report.seconds[name] = ended - begun
         if self.profile.enabled:
             self.profile.add(name, begun, ended)
-
-
-@dataclass(frozen=True, slots=True)
-class _Watcher:
-    """Counts progress, and stops the work when another rank has failed."""
-
-    group: Group
-
-    def progress(self, num_bytes_read: int, num_bytes_written: int) -> None:
-        self.group.progress.add(bytes_read=num_bytes_read, bytes_written=num_bytes_written)
-        self.group.check()
-
-

@@ -8,7 +8,8 @@ Formulas: modelopt/torch/quantization/qtensor and modelopt/torch/export/quant_ut
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from dist_export.convert.numpy_arithmetic import from_float32, to_float32
 from dist_export.convert.quality import Key, Qualities, Quality, sampled_rows
 from dist_export.convert.scale_table import ScaleTable
+from dist_export.convert.stored_codes import are_zeros, in_order, scales_of, weights_of
+from dist_export.convert.torch_lanes import HostLanes, Lanes
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError
 from dist_export.models.value_ops import ValueOp
@@ -30,13 +33,14 @@ from dist_export.plan.recipes import (
     Factors,
     Folded,
     Scalars,
+    ScaleForm,
     Smoothing,
     Stored,
     StoredScales,
     TableScales,
 )
 from dist_export.plan.shard import PlannedTensor
-from dist_export.tensors.dtypes import INT64, DType, dtype_by_name
+from dist_export.tensors.dtypes import INT64, UINT8, DType, dtype_by_name
 
 Bytes = npt.NDArray[np.uint8]
 Place = tuple[int, int, int, int]
@@ -49,52 +53,81 @@ class Encoder:
 
     table: ScaleTable
     reader: ViewReader
-    device: str = "cpu"
+    lanes: Lanes = field(default_factory=HostLanes)
     qualities: Qualities = field(default_factory=Qualities)
-    """What the codes are worth, filled by `encode`."""
+    """What the codes are worth, filled as results are taken."""
 
-    def encode(self, planned: PlannedTensor, block: npt.NDArray[Any], place: Place, *, key: Key) -> Bytes:
+    @property
+    def in_flight(self) -> int:
+        """How many blocks of a thread may be under way while it begins another."""
+        return self.lanes.in_flight
+
+    def begin(
+        self, planned: PlannedTensor, block: npt.NDArray[Any], place: Place, *, key: Key
+    ) -> AbstractContextManager[Bytes]:
         """The codes of a block of weights: `block` is ``[rows, columns]`` of raw source elements at `place`, and `key`
-        the tensor in the run. Raises `ExportError` for weights that are NaN or infinite.
+        the tensor in the run. This or entering the result raises `ExportError` for weights that are NaN or infinite.
         """
         recipe = planned.recipe
         assert isinstance(recipe, Encoded), f"{planned.name} has no codes"
-        weights = _as_float32(block, planned.source_dtype, self.device)
-        if weights.numel() and not all(math.isfinite(each) for each in torch.stack(torch.aminmax(weights)).tolist()):
-            kind = recipe.codes.value[0]
-            raise ExportError(f"{planned.name}: holds NaN or infinite weights, which have no {kind} codes")
-        if recipe.smoothing is not None:
-            weights = self._smoothed(weights, recipe.smoothing, planned, place)
+        if recipe.codes.are_stored:
+            return nullcontext(self._stored_codes(recipe, planned, np.ascontiguousarray(block).view(np.uint8), place))
+        inverse = None if recipe.smoothing is None else self._inverse(recipe.smoothing, planned, place)
         scales = self._scales(recipe, planned, place)
-        if recipe.codes is Codes.WEIGHTS:
-            return _bytes_of((weights * scales).to(getattr(torch, planned.dtype.name)))
+        rows = None
         if recipe.codes in _DECODED:
-            self._measure(planned, weights, scales, place, key)
-        return _bytes_of(_ENCODERS[recipe.codes](weights, scales))
+            rows = sampled_rows(place[0], place[1], math.prod(planned.view.shape[:-1]))
 
-    def _measure(
-        self, planned: PlannedTensor, weights: torch.Tensor, scales: torch.Tensor, place: Place, key: Key
-    ) -> None:
-        """Note the quality of the codes of some rows."""
-        assert isinstance(planned.recipe, Encoded), f"{planned.name} has no codes"
-        rows = sampled_rows(place[0], place[1], math.prod(planned.view.shape[:-1]))
-        if not rows:
-            return
-        if len(rows) < len(weights):
-            chosen = torch.tensor(rows, device=weights.device)
-            weights = weights.index_select(0, chosen)
-            scales = scales if len(scales) == 1 else scales.index_select(0, chosen)
-        smallest, largest = torch.stack(torch.aminmax(scales)).tolist()
-        if planned.recipe.codes is Codes.E2M1:
-            scales = (_block_scales(weights, scales).float() * scales).repeat_interleave(BLOCK, -1)
-        decode, limit = _DECODED[planned.recipe.codes]
-        quotients = weights / scales
-        noise = (decode(quotients) * scales - weights).reshape(-1)
-        signal, noise = torch.dot(weights.reshape(-1), weights.reshape(-1)), torch.dot(noise, noise)
-        beyond = float(torch.stack(torch.aminmax(quotients)).abs().max()) > limit
-        num_saturated = int((quotients.abs() > limit).sum()) if beyond else 0
-        part = Quality(weights.numel(), num_saturated, float(signal), float(noise), smallest, largest)
-        self.qualities.add(key, part)
+        def work(weights: torch.Tensor) -> Sequence[torch.Tensor]:
+            values, extremes = weights.float(), _extremes(weights)
+            if inverse is not None:
+                values = (values * self.lanes.constant(inverse)).to(weights.dtype).float()
+            spread = self.lanes.constant(scales)
+            if recipe.codes is Codes.WEIGHTS:
+                return (values * spread).to(getattr(torch, planned.dtype.name)), extremes
+            measured = _measured(recipe.codes, values, spread, rows) if rows else None
+            codes = _ENCODERS[recipe.codes](values, spread)
+            return (codes, extremes) if measured is None else (codes, extremes, measured)
+
+        def finish(results: Sequence[Bytes]) -> Bytes:
+            if not np.isfinite(results[1].view(np.float32)).all():
+                kind = recipe.codes.value[0]
+                raise ExportError(f"{planned.name}: holds NaN or infinite weights, which have no {kind} codes")
+            if len(results) > 2:
+                self.qualities.add(key, Quality.of(results[2].view(np.float64).tolist()))
+            return results[0]
+
+        return self.lanes.send(block, planned.source_dtype, work, finish)
+
+    def _stored_codes(self, recipe: Encoded, planned: PlannedTensor, block: Bytes, place: Place) -> Bytes:
+        """Codes that the checkpoint has, in order."""
+        scales, (top, bottom, left, right) = recipe.scales, place
+        if isinstance(scales, TableScales):
+            return in_order(recipe.codes, block, np.zeros((1, 1), np.bool_), planned.name)
+        assert isinstance(scales, StoredScales), f"{planned.name}: stored codes have stored scales"
+        per_byte = 2 if planned.source_dtype == UINT8 else 1  # columns of the weight
+        left, right, size = left * per_byte, right * per_byte, planned.view.shape[-1] * per_byte
+        size //= scales.view.shape[-1]  # columns per scale
+        first, end = left // size, -(-right // size)
+        stored = self.reader.values(
+            scales.view.narrow(-1 % len(scales.view.shape), first, end - first), scales.dtype, (top, bottom)
+        )
+        zeros, skipped = are_zeros(stored, scales.form), left - first * size
+
+        def spread(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.repeat(values, size, axis=1)[:, skipped : skipped + right - left]
+
+        if recipe.factors is not None:
+            each = np.where(zeros, np.float32(0), scales_of(stored, scales.form, planned.name))
+            weights = weights_of(recipe.codes, block, spread(each), self._factors(recipe.factors)[left:right])
+            return np.ascontiguousarray(from_float32(weights, planned.dtype)).reshape(-1).view(np.uint8)
+        if scales.form is ScaleForm.SCALE and scales.view.shape[-1] > 1 and (stored != stored[:, :1]).any():
+            raise ExportError(
+                f"{planned.name}: training ranks have scales of their own for the columns of a row, which has one "
+                "place for a scale; export with a tp size that is a multiple of training's"
+            )
+        zeros = spread(zeros) if zeros.any() else zeros[:1, :1]
+        return in_order(recipe.codes, block, zeros, planned.name)
 
     def small(self, planned: PlannedTensor, rows: tuple[int, int]) -> Bytes:
         """Bytes of some rows (of the tensor as a matrix) of what is no code: scales, factors, norms that take them."""
@@ -109,10 +142,12 @@ class Encoder:
             values = np.array(found, np.float32)
             if recipe.reciprocal:
                 values = np.float32(1) / values
-        elif isinstance(recipe, Stored) and recipe.divisor is None and recipe.dtype == planned.dtype:
+        elif isinstance(recipe, Stored) and recipe.is_as_it_is and recipe.dtype == planned.dtype:
             return np.ascontiguousarray(self.reader.rows(recipe.view, recipe.dtype, rows)).reshape(-1).view(np.uint8)
         elif isinstance(recipe, Stored):
             values = self.reader.values(recipe.view, recipe.dtype, rows)
+            if recipe.form is not None:
+                values = scales_of(values, recipe.form, planned.name)
             if recipe.divisor is not None:
                 values = _divided(values, recipe.divisor, planned.name)
             if recipe.times is not None:
@@ -122,7 +157,7 @@ class Encoder:
             values = self._folded(planned, recipe)
         return np.ascontiguousarray(from_float32(values, planned.dtype)).reshape(-1).view(np.uint8)
 
-    def _scales(self, recipe: Encoded, planned: PlannedTensor, place: Place) -> torch.Tensor:
+    def _scales(self, recipe: Encoded, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
         """Scales that spread over a block: ``[rows or 1, columns or 1]`` float32."""
         top, bottom = place[:2]
         if isinstance(recipe.scales, TableScales):
@@ -134,17 +169,13 @@ class Encoder:
                 first, end = top // num_rows, -(-bottom // num_rows)
                 each = [self.table.weight_scale(group, divisor) for group in groups[first:end]]
                 values = np.array([[each[row // num_rows - first]] for row in range(top, bottom)], np.float32)
-            return torch.from_numpy(values).to(self.device)
+            return values
         if isinstance(recipe.scales, Factors):
-            factors = self._factors(recipe.scales)[place[2] : place[3]]
-            return torch.from_numpy(factors[None, :].copy()).to(self.device)
-        values = self._stored(recipe.scales, planned, place)
-        return torch.from_numpy(values).to(self.device)
+            return self._factors(recipe.scales)[None, place[2] : place[3]]
+        return self._stored(recipe.scales, planned, place)
 
-    def _smoothed(
-        self, weights: torch.Tensor, smoothing: Smoothing, planned: PlannedTensor, place: Place
-    ) -> torch.Tensor:
-        """Weights times the float32 reciprocal of their columns' scale, rounded to their own element type."""
+    def _inverse(self, smoothing: Smoothing, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
+        """The float32 reciprocals of the columns' scales: ``[1 or rows, columns]``."""
         top, bottom, left, right = place
         view, num_rows = smoothing.view, planned.view.shape[-2]
         first, end = (top // num_rows, -(-bottom // num_rows)) if len(view.shape) > 1 else (0, 1)
@@ -152,11 +183,10 @@ class Encoder:
         scales = self.reader.values(narrow, smoothing.dtype, (first, end))
         if not (np.isfinite(scales).all() and (scales > 0).all()):
             raise ExportError(f"{planned.name}: a smoothing scale is no number above zero; calibrate the model again")
-        inverse = np.float32(1) / scales
+        inverse: npt.NDArray[np.float32] = np.float32(1) / scales
         if len(inverse) > 1:
             inverse = inverse[[row // num_rows - first for row in range(top, bottom)]]
-        dtype = getattr(torch, planned.source_dtype.name)
-        return (weights * torch.from_numpy(inverse).to(self.device)).to(dtype).float()
+        return inverse
 
     def _factors(self, factors: Factors) -> npt.NDArray[np.float32]:
         """``[channels]``."""
@@ -284,16 +314,27 @@ _DECODED: dict[Codes, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {
 """Quotients as their codes stand for them, and the magnitude from which on a larger code would be nearer."""
 
 
-def _as_float32(block: npt.NDArray[Any], dtype: DType, device: str) -> torch.Tensor:
-    contiguous = np.ascontiguousarray(block)
-    signed = contiguous.view(f"i{dtype.itemsize}") if dtype.itemsize > 1 else contiguous
-    return torch.from_numpy(signed).view(getattr(torch, dtype.name)).to(device).float()
+def _extremes(weights: torch.Tensor) -> torch.Tensor:
+    """Smallest and largest as float32, NaN where one is; zeros of none."""
+    return torch.stack(torch.aminmax(weights)).float() if weights.numel() else torch.zeros(2, device=weights.device)
 
 
-def _bytes_of(codes: torch.Tensor) -> Bytes:
-    flat = codes.contiguous().view(torch.uint8).cpu()
-    result: Bytes = flat.numpy().reshape(-1)
-    return result
+def _measured(codes: Codes, weights: torch.Tensor, scales: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """What the codes of some rows are worth, as the fields of a `Quality` in float64."""
+    if len(rows) < len(weights):
+        chosen = torch.tensor(rows).to(weights.device, non_blocking=True)
+        weights = weights.index_select(0, chosen)
+        scales = scales if len(scales) == 1 else scales.index_select(0, chosen)
+    smallest, largest = torch.aminmax(scales)
+    if codes is Codes.E2M1:
+        scales = (_block_scales(weights, scales).float() * scales).repeat_interleave(BLOCK, -1)
+    decode, limit = _DECODED[codes]
+    quotients = weights / scales
+    noise = (decode(quotients) * scales - weights).reshape(-1)
+    signal, noise = torch.dot(weights.reshape(-1), weights.reshape(-1)), torch.dot(noise, noise)
+    beyond = (quotients.abs() > limit).sum()
+    num = torch.full((), float(weights.numel()), device=weights.device)
+    return torch.stack([each.double() for each in (num, beyond, signal, noise, smallest, largest)])
 
 
 def stored_dtype(codes: Codes) -> DType:

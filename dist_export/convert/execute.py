@@ -7,8 +7,10 @@ Memory is two buffers per thread, whatever the model's size.
 from __future__ import annotations
 
 import mmap
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
@@ -35,27 +37,43 @@ Block = npt.NDArray[Any]
 
 MIB = 1 << 20
 TILE_BYTES = 1 * MIB  # of source rows per tile: larger reads win nothing (README of the benchmarks), smaller cost calls
+DEVICE_TILE_BYTES = 8 * MIB  # where a GPU does the arithmetic: a kernel's launch costs as much as a MiB
 BUFFERS_PER_THREAD = 2
+HOST_COPIES = 6  # arithmetic on the host holds a tile in up to float32, twice
+PINNED_COPIES = 9  # three blocks of a thread under way, each with what it becomes, which may be twice as large
+DEVICE_COPIES = 3 * 24  # on the device: of the same blocks, with float32 and masks beside them
+
+
+Pending = AbstractContextManager[npt.NDArray[Any]]
+"""Entered, it gives target elements that a device may still be working on; left, their memory may be used again."""
 
 
 class Converter(Protocol):
     """What executes value operations (`dist_export.convert.torch_arithmetic`)."""
 
-    def apply(self, planned: PlannedTensor, block: Block) -> npt.NDArray[Any]:
-        """Target bytes of a block of source elements."""
+    @property
+    def in_flight(self) -> int:
+        """How many blocks of a thread may be under way while it begins another."""
+
+    def begin(self, planned: PlannedTensor, block: Block) -> Pending:
+        """Target elements of a block of source elements. The block may be overwritten when this returns."""
 
 
 class TensorEncoder(Protocol):
     """What makes codes and scales (`dist_export.convert.encode`)."""
 
     @property
+    def in_flight(self) -> int:
+        """As that of a `Converter`."""
+
+    @property
     def qualities(self) -> Qualities:
         """What the codes are worth."""
 
-    def encode(
+    def begin(
         self, planned: PlannedTensor, block: Block, place: tuple[int, int, int, int], *, key: Key
-    ) -> npt.NDArray[np.uint8]:
-        """The codes of a block of weights at a place of the weight `key`."""
+    ) -> Pending:
+        """The codes of a block of weights at a place of the weight `key`; as that of a `Converter`."""
 
     def small(self, planned: PlannedTensor, rows: tuple[int, int]) -> npt.NDArray[np.uint8]:
         """Bytes of some rows of a tensor that is made apart from the weights."""
@@ -76,11 +94,16 @@ class Budget:
     tile_bytes: int = TILE_BYTES
 
     @classmethod
-    def within(cls, host_memory: int, *, num_threads: int, value_ops: bool) -> Budget:
-        """Tiles of the default size, smaller when `host_memory` does not allow that many."""
-        copies = BUFFERS_PER_THREAD + (6 if value_ops else 0)  # arithmetic holds a tile in up to float32, twice
-        per_thread = host_memory // (num_threads * copies)
-        return cls(num_threads, max(min(TILE_BYTES, per_thread), 1 << 16))
+    def within(cls, host_memory: int, *, num_threads: int, value_ops: bool, device_memory: int | None = None) -> Budget:
+        """Tiles of the default size, smaller when `host_memory` does not allow that many, or `device_memory` where
+        that is given because a GPU does the arithmetic."""
+        copies, most = BUFFERS_PER_THREAD, TILE_BYTES
+        if device_memory is not None:
+            copies += PINNED_COPIES
+            most = min(DEVICE_TILE_BYTES, device_memory // (num_threads * DEVICE_COPIES))
+        elif value_ops:
+            copies += HOST_COPIES
+        return cls(num_threads, max(min(most, host_memory // (num_threads * copies)), 1 << 16))
 
 
 @dataclass(slots=True)
@@ -163,11 +186,12 @@ class Executor:
             yield from cut(item, rectangles, self.budget.tile_bytes)
 
     def _work(self, tiles: Iterator[Tile]) -> None:
-        read_buffer, block_buffer = _Buffer(), _Buffer()
+        read_buffer, block_buffer, flight = _Buffer(), _Buffer(), deque[_Flying]()
         while not self._stop:
             with self._lock:
                 tile = next(tiles, None)
             if tile is None:
+                self._land(flight, 0)
                 return
             if self.done and not self._is_missing(tile):
                 continue
@@ -177,10 +201,14 @@ class Executor:
             if tile.item.update:
                 with self.profile.span("merge"):
                     merged = self.merger.merge(tile, parts)
-            written = sum(self._write_use(tile, use, parts, block_buffer) for use in tile.uses)
+            written = sum(self._write_use(tile, use, parts, block_buffer, flight) for use in tile.uses)
             num_rows = tile.rows[1] - tile.rows[0]
             read = sum(r.num_bytes(num_rows, tile.item.dtype.itemsize) for r in tile.reads)
             self.observer.progress(read + merged, written)
+
+    def done_tiles(self, items: Sequence[WorkItem]) -> Iterator[Tile]:
+        """Tiles of which an earlier run has written everything. Before `run`."""
+        return (tile for tile in self._tiles(items) if self.done and not self._is_missing(tile))
 
     def _is_missing(self, tile: Tile) -> bool:
         """Whether some byte that the tile writes is not done."""
@@ -234,39 +262,53 @@ class Executor:
         lines: Block = np.ndarray((num_lines, length), f"u{itemsize}", memory)
         return lines
 
-    def _write_use(self, tile: Tile, use: Use, parts: Sequence[tuple[int, Block]], buffer: _Buffer) -> int:
+    def _write_use(
+        self, tile: Tile, use: Use, parts: Sequence[tuple[int, Block]], buffer: _Buffer, flight: deque[_Flying]
+    ) -> int:
+        """Write a use's part of a tile, or send it on its way. Returns its size in bytes."""
         top, bottom, left, right = use.source
         first, end = max(top, tile.rows[0]), min(bottom, tile.rows[1])
         rows = slice(first - tile.rows[0], end - tile.rows[0])
         block = _assembled(parts, rows, (left, right), buffer)
-        planned = use.output.planned
+        planned, place = use.output.planned, _place(tile, use)
         if planned.transposed:
             block = np.ascontiguousarray(block.T)
-        with self.profile.span("copy" if planned.moves_only else "compute"):
-            if planned.recipe is not None:
-                data = self._codes(use, (first - top + use.row, end - top + use.row), block)
-            else:
-                data = self._target_bytes(planned, block, buffer)
-        size = planned.dtype.itemsize
-        for offset, length, start in _place(tile, use).runs(_width(use)):
-            self._write(use.output, offset * size, data[start * size : (start + length) * size])
-        return data.nbytes
+        if planned.moves_only:
+            with self.profile.span("copy"):
+                data = _packed(block, buffer)
+            self._write_runs(use, place, data)
+        else:
+            arithmetic = self.encoder if planned.recipe is not None else self.converter
+            assert arithmetic is not None, f"{planned.name} needs arithmetic"
+            with self.profile.span("to device" if arithmetic.in_flight else "compute"):
+                pending = self._begin(use, (first - top + use.row, end - top + use.row), block)
+            flight.append((use, place, pending))
+            self._land(flight, arithmetic.in_flight)
+        return place.num_rows * place.num_columns * planned.dtype.itemsize
 
-    def _codes(self, use: Use, rows: tuple[int, int], block: Block) -> memoryview:
-        """The codes of a block that lies in `rows` of the weight."""
-        assert self.encoder is not None, f"{use.output.planned.name} needs an encoder"
+    def _begin(self, use: Use, rows: tuple[int, int], block: Block) -> Pending:
+        """Begin with the arithmetic on a block that lies in `rows` of the tensor."""
+        planned = use.output.planned
+        if planned.recipe is None:
+            assert self.converter is not None, f"{planned.name} needs a converter"
+            return self.converter.begin(planned, block)
+        assert self.encoder is not None, f"{planned.name} needs an encoder"
         place = (*rows, use.column, use.column + block.shape[1])
-        return memoryview(self.encoder.encode(use.output.planned, block, place, key=use.output.key).data).cast("B")
+        return self.encoder.begin(planned, block, place, key=use.output.key)
 
-    def _target_bytes(self, planned: PlannedTensor, block: Block, buffer: _Buffer) -> memoryview:
-        if not planned.moves_only:
-            assert self.converter is not None, f"{planned.name} needs arithmetic"
-            return memoryview(self.converter.apply(planned, block).data).cast("B")
-        if not block.flags.c_contiguous:
-            packed = np.ndarray(block.shape, block.dtype, buffer.take(block.nbytes))
-            packed[...] = block
-            block = packed
-        return memoryview(block.reshape(-1).view(np.uint8).data)
+    def _land(self, flight: deque[_Flying], num_left: int) -> None:
+        """Write what was sent first, until so many are under way."""
+        while len(flight) > num_left:
+            use, place, pending = flight.popleft()
+            with ExitStack() as landed:
+                with self.profile.span("from device"):
+                    data = landed.enter_context(pending)
+                self._write_runs(use, place, memoryview(data.data).cast("B"))
+
+    def _write_runs(self, use: Use, place: Rectangle2D, data: memoryview) -> None:
+        size = use.output.planned.dtype.itemsize
+        for offset, length, start in place.runs(_width(use)):
+            self._write(use.output, offset * size, data[start * size : (start + length) * size])
 
     def _write(self, output: OutputTensor, offset: int, data: memoryview) -> None:
         """Write the bytes at `offset` of a tensor, but for those that an earlier run has written."""
@@ -307,6 +349,19 @@ class Executor:
             part = zeros[: min(left, MIB)]
             self._write(output, offset, part)
             offset, left = offset + part.nbytes, left - part.nbytes
+
+
+_Flying = tuple[Use, Rectangle2D, Pending]
+"""A block under way, and where it goes."""
+
+
+def _packed(block: Block, buffer: _Buffer) -> memoryview:
+    """The bytes of a block without gaps; a view where it has none."""
+    if not block.flags.c_contiguous:
+        packed = np.ndarray(block.shape, block.dtype, buffer.take(block.nbytes))
+        packed[...] = block
+        block = packed
+    return memoryview(block.reshape(-1).view(np.uint8).data)
 
 
 def _place(tile: Tile, use: Use) -> Rectangle2D:

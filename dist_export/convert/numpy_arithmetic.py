@@ -8,8 +8,9 @@ export of a small model, so small amounts of arithmetic are done here and large 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +30,17 @@ MOST_BYTES = 64 << 20  # of one process; beyond it torch is faster although it t
 class NumpyArithmetic:
     """Applies a planned tensor's value operations and its cast. Has no state: any thread may use it."""
 
+    in_flight: ClassVar[int] = 0
+    """As `TorchArithmetic` has it: everything is done on the spot."""
+
     @staticmethod
     def supports(planned: PlannedTensor) -> bool:
         """Whether both element types are known here."""
         return {planned.dtype, planned.source_dtype} <= SUPPORTED
+
+    def begin(self, planned: PlannedTensor, block: npt.NDArray[Any]) -> AbstractContextManager[npt.NDArray[Any]]:
+        """As `apply`; raises at once."""
+        return nullcontext(self.apply(planned, block))
 
     def apply(self, planned: PlannedTensor, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """`block` [rows, columns] of raw source elements (unsigned integers) -> contiguous target elements.

@@ -10,14 +10,19 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MOST_SPANS = 1 << 20
 """Kept per process, about 100 bytes each; beyond them only sums grow."""
-KINDS = ("parse", "plan", "wait", "scales", "read", "merge", "copy", "compute", "checksum", "write", "gather", "sync")
+KINDS = (
+    *("parse", "plan", "wait", "scales", "read", "merge", "copy"),
+    *("to device", "compute", "from device", "checksum", "write", "gather", "sync"),
+)
 """In the order in which a summary shows them; any other name comes after."""
+
+_NOTHING = nullcontext()
 
 
 @dataclass(slots=True)
@@ -29,12 +34,12 @@ class Profile:
     _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def span(self, name: str) -> AbstractContextManager[None]:
         """Note the time until the block ends, also where it fails."""
-        if not self.enabled:
-            yield
-            return
+        return self._timed(name) if self.enabled else _NOTHING
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         try:
             yield

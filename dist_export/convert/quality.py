@@ -41,6 +41,12 @@ class Quality:
     smallest_scale: float = float("inf")
     largest_scale: float = 0.0
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quality:
+        """From its fields as plain numbers."""
+        num_measured, num_saturated, *sums = values
+        return cls(int(num_measured), int(num_saturated), *sums)
+
     def add(self, other: Quality) -> None:
         """Put two parts of a tensor together."""
         self.num_measured += other.num_measured
@@ -87,5 +93,5 @@ class Qualities:
 
 def merge(into: dict[str, Quality], plain: Mapping[str, Sequence[float]]) -> None:
     """Add one process's numbers."""
-    for key, (num, saturated, *rest) in plain.items():
-        into.setdefault(key, Quality()).add(Quality(int(num), int(saturated), *rest))
+    for key, values in plain.items():
+        into.setdefault(key, Quality()).add(Quality.of(values))

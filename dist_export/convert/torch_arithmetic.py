@@ -6,7 +6,9 @@ Imported only when a plan needs much arithmetic, or some that numpy cannot do: s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,60 +16,57 @@ import numpy.typing as npt
 import torch
 
 from dist_export.convert.overflow import overflow_error
+from dist_export.convert.torch_lanes import Bytes, HostLanes, Lanes, Pending
 from dist_export.models.value_ops import ValueOp
 from dist_export.plan.shard import PlannedTensor
-from dist_export.tensors.dtypes import DType
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TorchArithmetic:
     """Applies a planned tensor's value operations and its cast. Any thread may use it."""
 
-    device: str = "cpu"
+    lanes: Lanes = field(default_factory=HostLanes)
 
-    def apply(self, planned: PlannedTensor, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    @property
+    def in_flight(self) -> int:
+        """How many blocks of a thread may be under way while it begins another."""
+        return self.lanes.in_flight
+
+    def begin(self, planned: PlannedTensor, block: npt.NDArray[Any]) -> Pending:
         """`block` [rows, columns] of raw source elements (unsigned integers) -> contiguous target bytes.
 
-        Operations run in the source's element type and round once each; the cast comes last. Raises
-        `ExportError` when a finite value does not fit the target's element type.
+        Operations run in the source's element type and round once each; the cast comes last. Entering the result
+        raises `ExportError` when a finite value does not fit the target's element type.
         """
-        source = _as_torch(block, planned.source_dtype).to(self.device)
-        values = source
-        for op in planned.values:
-            values = _OPERATIONS[op](values)
-        target = values.to(getattr(torch, planned.dtype.name))
-        if planned.dtype.itemsize < 4:
-            _refuse_overflow(planned, values, target)
-        return _as_bytes(target.contiguous().cpu())
+        return self.lanes.send(block, planned.source_dtype, partial(_work, planned), partial(_finish, planned))
+
+    def apply(self, planned: PlannedTensor, block: npt.NDArray[Any]) -> Bytes:
+        """As `begin`, with the result."""
+        with self.begin(planned, block) as data:
+            return data if self.in_flight == 0 else data.copy()
 
 
 _OPERATIONS = {ValueOp.ADD_ONE: lambda values: values + 1, ValueOp.SUBTRACT_ONE: lambda values: values - 1}
 
 
-def default_device(local_rank: int) -> str:
-    """The GPU of this process where there is one (ranks beyond their number share them), else the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{local_rank % torch.cuda.device_count()}"
+def _work(planned: PlannedTensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The target's elements, and what `_finish` looks at: the number of values lost to infinity and the largest."""
+    for op in planned.values:
+        values = _OPERATIONS[op](values)
+    target = values.to(getattr(torch, planned.dtype.name))
+    if planned.dtype.itemsize >= 4 or not values.numel():
+        return (target,)
+    infinite = torch.isinf(target)
+    if values.device.type == "cpu" and not infinite.any():  # on a GPU asking would wait
+        return (target,)
+    lost = infinite & torch.isfinite(values)
+    largest = torch.where(lost, values, torch.zeros_like(values)).abs().max()
+    return target, torch.stack((lost.sum().double(), largest.double()))
 
 
-def _as_torch(block: npt.NDArray[Any], dtype: DType) -> torch.Tensor:
-    contiguous = np.ascontiguousarray(block)
-    signed = contiguous.view(f"i{dtype.itemsize}") if dtype.itemsize > 1 else contiguous
-    return torch.from_numpy(signed).view(getattr(torch, dtype.name))
-
-
-def _as_bytes(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    # A contiguous tensor of one element may have any stride, which view refuses.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    result: npt.NDArray[Any] = flat.view(torch.uint8).numpy()
-    return result
-
-
-def _refuse_overflow(planned: PlannedTensor, before: torch.Tensor, after: torch.Tensor) -> None:
-    """A finite value that became infinite is lost."""
-    infinite = torch.isinf(after)
-    if bool(infinite.any()):
-        lost = infinite & torch.isfinite(before)
-        if bool(lost.any()):
-            raise overflow_error(planned, int(lost.sum()), before[lost].abs().max().item())
+def _finish(planned: PlannedTensor, results: Sequence[Bytes]) -> Bytes:
+    if len(results) > 1:
+        num_lost, largest = results[1].view(np.float64).tolist()
+        if num_lost:
+            raise overflow_error(planned, int(num_lost), largest)
+    return results[0]

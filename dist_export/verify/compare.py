@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from threading import Lock
 from typing import Protocol
 
@@ -66,8 +67,9 @@ def choose_converter(uses: Iterable[Use], *, device: str = "cpu") -> Converter |
     if small and all(NumpyArithmetic.supports(use.output.planned) for use in computed):
         return NumpyArithmetic()
     from dist_export.convert.torch_arithmetic import TorchArithmetic
+    from dist_export.convert.torch_lanes import lanes_on
 
-    return TorchArithmetic(device)
+    return TorchArithmetic(lanes_on(device))
 
 
 class Recomputer(Protocol):
@@ -178,7 +180,7 @@ class Comparer:
         key: tuple[TensorId, Slab],
         start: tuple[int, int],
         region: Region,
-        packing: tuple[int, int],
+        packing: tuple[int, int | Fraction],
         expected: Block,
         actual: Block,
     ) -> None:
@@ -188,7 +190,7 @@ class Comparer:
             *key,
             num_different=int(np.count_nonzero(different)),
             num_compared=actual.size,
-            source=(start[0] + row * packing[0], start[1] + column * packing[1]),
+            source=(start[0] + row * packing[0], start[1] + int(column * packing[1])),
             target=(region.rows[0] + row, region.columns[0] + column),
             expected=int(expected[row, column]),
             found=int(actual[row, column]),
@@ -201,9 +203,10 @@ class Comparer:
         if planned.moves_only:
             return block
         assert self.converter is not None, f"{planned.name} needs arithmetic"
-        data = np.ascontiguousarray(self.converter.apply(planned, block)).reshape(-1).view(np.uint8)
-        elements: Block = data.view(f"u{planned.dtype.itemsize}").reshape(block.shape)
-        return elements
+        with self.converter.begin(planned, block) as data:
+            flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            elements: Block = flat.view(f"u{planned.dtype.itemsize}").reshape(block.shape)
+            return elements.copy() if self.converter.in_flight else elements
 
     def _read_matrix(self, tensor: SourceTensor, rows: tuple[int, int]) -> Block:
         """Rows of a matrix of an adapter, raw. The one read last is kept: bands in a row need the same."""
