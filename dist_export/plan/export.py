@@ -22,6 +22,9 @@ from dist_export.plan.shard import ShardPlan, ShardPlanner
 from dist_export.tensors.boxes import Box
 
 CONFIG = "config.json"
+MAX_KEPT_PIECES = 10_000
+"""Of planned tensors' views, about 1 KiB each, that validation keeps: all files of a small model, whose forked
+processes then find their part planned; planning a large one again takes no time beside its export."""
 
 
 class FileMaker(Protocol):
@@ -72,6 +75,8 @@ class ExportPlan:
     """What the user chose, as plain values: enough to make the plan again."""
     facts: Mapping[str, str]
     """Lines for people: layout, releases."""
+    serve: tuple[str, ...] = ()
+    """Commands that take the export, with ``{output}``; the first is what to do next."""
     notes: tuple[str, ...] = ()
     _shards: dict[int, ShardPlan] = field(default_factory=dict)
     _summaries: dict[int, ShardSummary] = field(default_factory=dict)
@@ -99,7 +104,7 @@ class ExportPlan:
         return dict(sorted(self._shards.items()))
 
     def each_shard(self) -> Iterator[ShardPlan]:
-        """All shard plans one after the other, none of them kept: memory does not grow with their number.
+        """All shard plans one after the other; no more than the first few are kept, so memory is bounded.
 
         Raises `ExportError` at the end, with the faults of all files together.
         """
@@ -107,9 +112,20 @@ class ExportPlan:
         for number in range(self.num_files):
             shard = self._shards.get(number) or self.files.make(number, faults)
             if not faults:
-                self._summaries[number] = ShardSummary(shard.file_name, shard.num_data_bytes, shard.digest())
+                self._note(number, shard)
                 yield shard
         faults.raise_if_any()
+
+    def _note(self, number: int, shard: ShardPlan) -> ShardSummary:
+        """Keep the summary of a file, and its plan while there are few."""
+        if sum(kept.num_pieces for kept in (*self._shards.values(), shard)) <= MAX_KEPT_PIECES:
+            self._shards.setdefault(number, shard)
+        self._summaries[number] = ShardSummary(shard.file_name, shard.num_data_bytes, shard.digest())
+        return self._summaries[number]
+
+    def summary(self, number: int) -> ShardSummary:
+        """What all processes must agree on about one file."""
+        return self._summaries.get(number) or self._note(number, self.shard(number))
 
     def summaries(self) -> list[ShardSummary]:
         """What all processes must agree on, per file; plans every file unless that was done before (`validate`)."""

@@ -61,6 +61,11 @@ class ExportJob:
         """What all processes must agree on, per file."""
         return [summary for plan in self.plans for summary in plan.summaries()]
 
+    def summary(self, number: int) -> ShardSummary:
+        """What all processes must agree on about one file."""
+        plan, within = self.plan_of(number)
+        return plan.summary(within)
+
     def path(self, number: int) -> str:
         """The path of a file within the output."""
         plan, within = self.plan_of(number)

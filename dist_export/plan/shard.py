@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Protocol
 
 from dist_export.errors import ExportError, Faults
@@ -15,7 +16,7 @@ from dist_export.models.rules import Input, Scope, TargetRule
 from dist_export.models.shard_ops import TensorParallel
 from dist_export.models.value_ops import ValueOp, composed
 from dist_export.plan.layout import TargetLayout
-from dist_export.plan.recipes import FOLLOWS_WEIGHT, Encoded, Recipe, described
+from dist_export.plan.recipes import FOLLOWS_WEIGHT, Absorbed, Encoded, Recipe, described
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.safetensors_format import DATA_ALIGNMENT, build_header
@@ -50,17 +51,19 @@ class PlannedTensor:
 
     @property
     def is_permuted(self) -> bool:
-        """Whether whole slices along the leading dim are put in order at a time, apart from the stream of tiles."""
-        return self.interleaved or (self.transposed and len(self.view.shape) > 2)
+        """Whether whole slices along the leading dim (heads, where keys are absorbed) are put in order or made at a
+        time, apart from the stream of tiles."""
+        permuted = self.interleaved or (self.transposed and len(self.view.shape) > 2)
+        return permuted or isinstance(self.recipe, Absorbed)
 
     @property
     def is_small(self) -> bool:
         """Whether the tensor is made apart from the stream of weights: scales, and norms that take over a factor."""
-        return self.recipe is not None and not isinstance(self.recipe, FOLLOWS_WEIGHT)
+        return self.recipe is not None and not isinstance(self.recipe, (*FOLLOWS_WEIGHT, Absorbed))
 
     @property
-    def packing(self) -> tuple[int, int]:
-        """Rows and columns of the view that become one stored row and column."""
+    def packing(self) -> tuple[int, int | Fraction]:
+        """Rows and columns of the view that become one stored row and column; half a column where one holds two."""
         return (self.recipe.codes.rows, self.recipe.codes.columns) if isinstance(self.recipe, Encoded) else (1, 1)
 
     @property
@@ -99,6 +102,11 @@ class ShardPlan:
     @property
     def num_data_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
+    def num_pieces(self) -> int:
+        """Of the views of all tensors."""
+        return sum(len(tensor.view.pieces) for tensor in self.tensors)
 
     def digest(self) -> str:
         """SHA-256 over the whole plan, hexadecimal."""
@@ -234,7 +242,19 @@ class ShardPlanner:
         planned = self._tensor(resolved)
         return [planned] if self.quantizer is None else self.quantizer.tensors(planned, resolved)
 
+    def _absorbed(self, resolved: Resolved) -> PlannedTensor:
+        """Queries that take the keys in: the view is the queries', the keys are beside it."""
+        config, (parts,) = self.logical.config, resolved.slices
+        assert self.quantizer is None, "quantised latent attention is refused before"
+        queries, keys = (part.input.shard.take(part.tensor.view, resolved.tp, config) for part in parts)
+        dtypes = [dtype_by_name(part.tensor.dtype, where=resolved.name) for part in parts]
+        num_heads = config.num_attention_heads // resolved.tp.size
+        recipe = Absorbed(keys, dtypes[1], num_heads, config.qk_nope_head_size)
+        return PlannedTensor(resolved.name, self.dtype, queries, dtypes[0], (), recipe=recipe)
+
     def _tensor(self, resolved: Resolved) -> PlannedTensor:
+        if resolved.rule.absorbed:
+            return self._absorbed(resolved)
         rule, name, config = resolved.rule, resolved.name, self.logical.config.of_layer(resolved.layer)
         real = [part.tensor for parts in resolved.slices for part in parts if part.tensor.dtype]
         dtypes = {tensor.dtype for tensor in real}
