@@ -1,7 +1,8 @@
-"""Tensors of stacked experts that consumers keep in another order: each expert transposed, gate and up alternating.
+"""Tensors made a slice at a time: stacked experts in another order (transposed, gate and up alternating), and heads
+whose queries take their keys in.
 
-One expert is read, put in order and written at a time: its elements come from all over it, so that there is nothing to
-gain from smaller tiles.
+One slice is read, made and written at a time: its elements come from all over it, so that there is nothing to gain
+from smaller tiles.
 """
 
 from __future__ import annotations
@@ -15,16 +16,22 @@ import numpy.typing as npt
 from dist_export.convert.numpy_arithmetic import NumpyArithmetic
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError
+from dist_export.plan.recipes import Absorbed
 from dist_export.plan.shard import PlannedTensor
 
 Raw = npt.NDArray[Any]
 
 
 def permuted_slices(planned: PlannedTensor, reader: ViewReader) -> Iterator[Raw]:
-    """The elements of a planned tensor, one slice along its leading dim after the other.
+    """The elements of a planned tensor, one slice along its leading dim (or one head) after the other.
 
     Raises `ExportError` for element types that need a cast which numpy has not.
     """
+    if isinstance(planned.recipe, Absorbed):
+        from dist_export.convert.absorb import absorbed_heads  # imports torch
+
+        yield from absorbed_heads(planned, reader)
+        return
     if not planned.moves_only and not NumpyArithmetic.supports(planned):
         raise ExportError(
             f"{planned.name}: cannot be cast from {planned.source_dtype} to {planned.dtype} in this order"

@@ -238,7 +238,8 @@ def hf_fields(model: ModelConfig) -> dict[str, object]:
     }
 
 
-def _whole_shared_experts(model: ModelConfig) -> bool:
+def whole_shared_experts(model: ModelConfig) -> bool:
+    """Shared experts are counted in routed ones' sizes."""
     return model.moe_shared_expert_ffn_hidden_size % max(model.moe_ffn_hidden_size, 1) == 0
 
 
@@ -246,7 +247,8 @@ def _dense_layers_first(model: ModelConfig) -> bool:
     return all(model.has_experts(layer) for layer in range(first_k_dense(model), model.num_layers))
 
 
-def _yarn_or_none(model: ModelConfig) -> bool:
+def yarn_or_none(model: ModelConfig) -> bool:
+    """The only rotary scaling of the family."""
     scaling = model.rope_scaling
     return scaling is None or (scaling.kind == "yarn" and scaling.truncate)
 
@@ -264,10 +266,10 @@ COMMON_LIMITS: tuple[Limit, ...] = (
     (lambda m: m.window_size is None, "it has no attention window"),
     (lambda m: not m.linear_bias and not m.qkv_bias, "it has no biases"),
     (lambda m: m.moe_shared_expert_ffn_hidden_size > 0, "it has shared experts"),
-    (_whole_shared_experts, "its shared experts are as large as whole routed ones"),
+    (whole_shared_experts, "its shared experts are as large as whole routed ones"),
     (lambda m: not m.moe_shared_expert_gate, "its shared experts have no gate"),
     (_dense_layers_first, "its dense layers come before those with experts"),
-    (_yarn_or_none, "its rotary scaling is yarn with whole borders, or none"),
+    (yarn_or_none, "its rotary scaling is yarn with whole borders, or none"),
     (_mscale_of_all_dims, "its yarn has mscale 1 where mscale_all_dim is 0"),
 )
 
@@ -311,10 +313,11 @@ def unmet(config: ModelConfig) -> list[str]:
 
 
 NO_ENGINE = {
-    "trtllm": "the class stores products of the projections (attention.fused_q_proj), rounded as its own converter "
-    "happens to compute them, and not the weights alone"
+    "trtllm": "its DeepseekV2ForCausalLM (0.15 to 0.18) scores experts by softmax and has no bias for choosing among "
+    "them, and no release up to 1.2 has another class for it"
 }
-"""tensorrt_llm/models/deepseek_v2/convert.py: an einsum of query and key projections in the export's element type."""
+"""tensorrt_llm/layers/moe.py, ``MoeConfig.ExpertScaleNormalizationMode`` and ``group_limited_greedy``. There and later
+models/deepseek_v2/config.py raises for ``topk_method`` noaux_tc, and MODEL_MAP has no DeepseekV3ForCausalLM."""
 
 DEEPSEEK_V3 = Family(
     name="deepseek-v3",

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dist_export.families.registry import FAMILIES
-from dist_export.models.rules import Family
-from dist_export.targets.huggingface.architecture import HuggingFaceModel
-from dist_export.targets.huggingface.quantization import DIALECT as HF_DIALECT
+from dist_export.models.rules import Architecture, Family
+from dist_export.targets import registry
 from dist_export.targets.trtllm.architecture import DTYPES, EngineModel
-from dist_export.targets.trtllm.quantization import DIALECT as TRTLLM_DIALECT
 from dist_export.targets.trtllm.releases import ALL
 
-TARGETS = {"trtllm": "TensorRT-LLM", "hf": "Hugging Face"}
+TARGETS = {target.name: target.title for target in registry.TARGETS}
 HEADINGS = ("family", "target", "architecture", "releases", "limits", "element types", "witness")
 
 
@@ -44,12 +42,12 @@ def rows() -> Iterator[Row]:
         for target, name in TARGETS.items():
             found = family.architectures.get(target, ())
             if not found:
-                yield Row(family.name, name, "none", "", "", "", "")
+                yield Row(family.name, name, "none", "", family.unserved.get(target, ""), "", "")
             for each in found:
                 yield _row(family, target, each)
 
 
-def _row(family: Family, target: str, each: object) -> Row:
+def _row(family: Family, target: str, each: Architecture) -> Row:
     witness = family.witnesses.get(target, "")
     if isinstance(each, EngineModel):
         limits = "; ".join(
@@ -58,18 +56,14 @@ def _row(family: Family, target: str, each: object) -> Row:
                 for limit in each.release_limits
             )
         )
-        return Row(
-            family.name, TARGETS[target], each.name, str(each.releases), limits, ", ".join(each.dtypes), witness
-        )
-    assert isinstance(each, HuggingFaceModel), f"{each} is of no known target"
+        return Row(family.name, TARGETS[target], each.name, str(each.releases), limits, ", ".join(each.dtypes), witness)
     return Row(family.name, TARGETS[target], each.name, "", "", ", ".join(DTYPES), witness)
 
 
-def quantization_rows() -> Iterator[tuple[str, str, str]]:
-    """(scheme, whether TensorRT-LLM files hold it, whether Hugging Face folders do)."""
-    schemes = dict.fromkeys([*TRTLLM_DIALECT.names, *HF_DIALECT.names])
-    for scheme in schemes:
-        yield scheme.value, _yes(scheme in TRTLLM_DIALECT.names), _yes(scheme in HF_DIALECT.names)
+def quantization_rows() -> Iterator[tuple[str, ...]]:
+    """(scheme, whether the files of each target hold it …)."""
+    for scheme in dict.fromkeys(scheme for target in registry.TARGETS for scheme in target.schemes):
+        yield scheme.value, *(_yes(scheme in target.schemes) for target in registry.TARGETS)
 
 
 def _yes(holds: bool) -> str:

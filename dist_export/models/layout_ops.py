@@ -142,6 +142,38 @@ def _first(item: tuple[int, object]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitKeyValueUp:
+    """``linear_kv_up_proj`` of latent attention <-> its unrotated keys and its values.
+
+    Rows go head by head: of each head first the ``qk_nope_head_size`` of its keys, then the ``value_head_size`` of its
+    values (megatron/core/transformer/multi_latent_attention.py, ``get_query_key_value_tensors``).
+    """
+
+    def split(self, view: View, config: ModelConfig) -> tuple[View, ...]:
+        rows, expected = view.shape[0], sum(self._sizes(config)) * config.num_attention_heads
+        if rows != expected:
+            raise ExportError(f"has {rows} rows, expected {expected} = heads x (unrotated keys + values)")
+        key, value = self._sizes(config)
+        starts = [head * (key + value) for head in range(config.num_attention_heads)]
+        return view.gather(0, [(at, key) for at in starts]), view.gather(0, [(at + key, value) for at in starts])
+
+    def join(self, parts: Sequence[View], config: ModelConfig) -> View:
+        return concatenate(
+            [
+                part.narrow(0, head * size, size)
+                for head in range(config.num_attention_heads)
+                for part, size in zip(parts, self._sizes(config), strict=True)
+            ],
+            0,
+        )
+
+    @staticmethod
+    def _sizes(config: ModelConfig) -> tuple[int, int]:
+        """Rows of a head's keys and of its values."""
+        return config.qk_nope_head_size, config.value_head_size
+
+
+@dataclass(frozen=True, slots=True)
 class TrimVocabulary:
     """Padded vocabulary rows <-> the true vocabulary. The rows beyond it are Megatron's padding.
 
@@ -164,3 +196,4 @@ SAME = Same()
 SPLIT_QKV = SplitQKV()
 SPLIT_HALVES = SplitHalves()
 SPLIT_INTERLEAVED = SplitInterleaved()
+SPLIT_KEY_VALUE_UP = SplitKeyValueUp()

@@ -100,6 +100,9 @@ class TargetRule:
     """Stored ``[in, out]``, after joining: the Conv1D of transformers' GPT-2. Stacked experts each by itself."""
     interleaved: bool = False
     """Of stacked experts: rows of the first and of the second half alternate in each, before a transposition."""
+    absorbed: bool = False
+    """Not joined: the inputs are queries and keys of latent attention, and what is stored are the queries that need no
+    keys (`dist_export.plan.recipes.Absorbed`). No inverse leads back from them."""
     when: Condition = always
     layers: LayerCondition = every_layer
     """Which layers have it, of those that `scope` names; for layers that are not all alike."""

@@ -17,7 +17,7 @@ from itertools import pairwise
 from dist_export.errors import ExportError
 from dist_export.models.low_rank import LowRankUpdate, Updates
 from dist_export.models.quantization import is_row_slab
-from dist_export.plan.recipes import Encoded, Factors, Folded, Stored, StoredScales
+from dist_export.plan.recipes import Absorbed, Encoded, Factors, Folded, Stored, StoredScales
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.tensors.boxes import Box, Shape
 from dist_export.tensors.dtypes import DType
@@ -114,6 +114,8 @@ class Fill:
         if isinstance(recipe, Stored):
             times = recipe.times
             return _view_bytes(recipe.view, recipe.dtype) + (_view_bytes(times.view, times.dtype) if times else 0)
+        if isinstance(recipe, Absorbed):
+            return _view_bytes(planned.view, planned.source_dtype) + _view_bytes(recipe.keys, recipe.keys_dtype)
         if isinstance(recipe, Folded):
             return _view_bytes(planned.view, planned.source_dtype) + _view_bytes(recipe.factor, recipe.factor_dtype)
         return 0
@@ -232,7 +234,8 @@ def collect_uses(
 
 
 def _refuse_updates(planned: PlannedTensor, updates: Updates) -> None:
-    if any(piece.slab in updates for piece in planned.view.pieces if piece.slab is not None):
+    views = (planned.view, planned.recipe.keys) if isinstance(planned.recipe, Absorbed) else (planned.view,)
+    if any(piece.slab in updates for view in views for piece in view.pieces if piece.slab is not None):
         raise ExportError(f"{planned.name}: an adapter cannot be merged into a tensor of this order; merge it before")
 
 

@@ -83,7 +83,7 @@ class InverseRules:
         self.config, self.catalog = planner.logical.config, planner.logical.catalog
         self._consumers: dict[str, list[tuple[TargetRule, int]]] = defaultdict(list)
         for rule in planner.rules:
-            if rule.when(self.config):
+            if rule.when(self.config) and not rule.absorbed:
                 for number, part in enumerate(rule.inputs):
                     self._consumers[part.logical].append((rule, number))
 

@@ -2,7 +2,8 @@
 
     python tests/conformance/record.py expected/llama.json FOLDER [--options key=value ...]
 
-FOLDER holds one folder per layout (`tp2pp1/` with `config.json` and `rank0.safetensors`, ...). The JSON has
+FOLDER holds one folder per layout (`tp2pp1/` with `config.json` and `rank0.safetensors`, ...; `tp2pp1ep2/` where ranks
+hold whole experts). The JSON has
 
     {"options": {...}, "layouts": {"tp2pp1": {"config": {...}, "ranks": [{NAME: {"dtype", "shape", "sha256"}}]}}}
 
@@ -31,6 +32,11 @@ under transformers' names as NeMo's and Megatron-Bridge's mappings have them; al
 model in memory. It takes Gemma from a folder, whose `hidden_act` was made "gelu" as published Gemmas have it, leaves
 out its head, which is the embedding there, and can neither divide a vocabulary that tp does not divide nor repeat two
 key/value heads for four ranks: gemma.json has one, gemma2.json four.
+
+DeepSeek-V2 went through the converters of 0.15 and 0.16 (models/deepseek_v2/convert.py, with a transformers model in
+memory), whose files their classes loaded. attention.fused_q_proj holds sums of eight products there, which every
+processor rounds alike. The converters divide experts by the whole tp also where expert parallelism divides them
+already, which their classes then refuse: a layout that does both has no record.
 """
 
 from __future__ import annotations
@@ -86,7 +92,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of tp{T}pp{P} folders")
     parser.add_argument("--options", nargs="*", default=[], type=parse_option, metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    layouts = sorted(path for path in arguments.folder.iterdir() if re.fullmatch(r"tp\d+pp\d+", path.name))
+    layouts = sorted(path for path in arguments.folder.iterdir() if re.fullmatch(r"tp\d+pp\d+(ep\d+)?", path.name))
     expected: dict[str, Any] = {"options": dict(arguments.options)} if arguments.options else {}
     expected["layouts"] = {path.name: record_layout(path) for path in layouts}
     arguments.json.write_text(_dump(expected))

@@ -151,6 +151,9 @@ def test_what_is_left_after_a_kill_is_gone_on_with(
     assert ended.code == 0, ended.err
     check_ranks(tmp_path / "out", EXPECTED[scheme]["layouts"]["tp2pp1"])
     assert "scales.json" not in weights(tmp_path / "out")
+    whole = export_here(checkpoint, tmp_path / "whole", TrtllmOptions(tp_size=2))
+    reports = [json.loads((each / "quantization_report.json").read_text()) for each in (tmp_path / "out", whole)]
+    assert reports[0] == reports[1], "the report tells of what the killed run wrote, too"
 
 
 def test_the_report_tells_of_scales_noise_and_saturation(quantized_checkpoints: Checkpoints, tmp_path: Path) -> None:

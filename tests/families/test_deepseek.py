@@ -8,6 +8,13 @@ import pytest
 from support.exports import config_of, export, run_command, tensors_of
 from support.torch_dist import change_args
 
+from dist_export import api
+from dist_export.api import Source
+from dist_export.errors import ExportError
+from dist_export.plan.export import ExportPlan
+from dist_export.targets.trtllm.tables import EmbeddingSharding
+from dist_export.targets.trtllm.target import TrtllmOptions
+
 CHECKPOINTS = Path(__file__).parents[1] / "conformance" / "checkpoints"
 
 
@@ -24,13 +31,87 @@ def checkpoint(tmp_path):
     return changed
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3_core_0_16", "deepseek_v2_core_0_16"])
-def test_engines_are_refused_before_anything_is_written(name, tmp_path):
-    process = run_command("export", CHECKPOINTS / name, tmp_path / "out")
+V2, LITE = "deepseek_v2_groups_core_0_16", "deepseek_v2_lite_core_0_16"
+NO_ENGINE = (
+    "scores experts by softmax and has no bias for choosing among them",
+    "no release up to 1.2 has another class",
+)
+
+
+def test_an_engine_is_refused_before_anything_is_written(tmp_path):
+    process = run_command("export", CHECKPOINTS / "deepseek_v3_core_0_16", tmp_path / "out")
     assert process.returncode == 2
-    assert "the class stores products of the projections (attention.fused_q_proj)" in process.stderr
-    assert "export it with --target hf" in process.stderr
+    assert all(each in process.stderr for each in (*NO_ENGINE, "export it with --target hf")), process.stderr
     assert not (tmp_path / "out").exists()
+
+
+def planned(checkpoint: Path, **options: object) -> ExportPlan:
+    """The plan of an engine's checkpoint, from metadata alone."""
+    (plan,) = api.plan_job(api.open_model(Source(checkpoint=checkpoint)), (TrtllmOptions(**options),)).plans
+    return plan
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("moonlight_core_0_16_tp2", {"release": "1.2"}, NO_ENGINE[0]),
+        ("deepseek_v2_core_0_16", {}, "values are as large as the unrotated part of its keys"),
+        (V2, {"release": "0.14"}, "DeepseekV2ForCausalLM is in TensorRT-LLM 0.15, 0.16 to 0.18, not in 0.14"),
+        (V2, {"release": "0.19"}, "DeepseekV2ForCausalLM is in TensorRT-LLM 0.15, 0.16 to 0.18, not in 0.19"),
+        (LITE, {"release": "0.15"}, r"queries without a latent .V2-Lite. came with 0.16"),
+        (V2, {"dtype": "float32"}, "is served in bfloat16, float16, not in float32"),
+        (V2, {"embedding": EmbeddingSharding(True, 1)}, "has the whole embedding on every rank"),
+        (V2, {"tp_size": 8}, "4 attention heads do not divide by tp 8"),
+    ],
+)
+def test_what_no_engine_serves(name, options, message):
+    with pytest.raises(ExportError, match=message):
+        planned(CHECKPOINTS / name, **options)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"moe_router_group_topk": 1}, "the class picks groups of experts by their best"),
+        ({"moe_router_pre_softmax": False}, "the class takes the softmax over all experts where it picks groups"),
+        ({"moe_router_num_groups": None, "moe_router_group_topk": None}, "scales its experts' weights only where"),
+        ({"window_size": [4, 0]}, "the class has no attention window"),
+        ({"rotary_interleaved": True}, "the class's rotary embeddings are whole"),
+    ],
+)
+def test_what_the_engines_class_does_not_compute(args, message, checkpoint):
+    with pytest.raises(ExportError, match=message):
+        planned(checkpoint(V2, **args))
+
+
+@pytest.mark.parametrize(
+    "name, args, mode, groups",
+    [
+        (V2, {}, 3, (4, 2, 2.5)),
+        (LITE, {}, 0, (1, 1, 1.0)),
+        (LITE, {"moe_router_pre_softmax": False}, 1, (1, 1, 1.0)),
+    ],
+)
+def test_how_the_engine_routes(name, args, mode, groups, checkpoint):
+    config = planned(checkpoint(name, **args)).config
+    assert (config["moe_renorm_mode"], config["moe"]["normalization_mode"]) == (mode, mode)
+    assert (config["moe_n_group"], config["moe_topk_group"], config["moe_routed_scaling_factor"]) == groups
+    assert tuple(value for key, value in config["moe"].items() if key.startswith("device_limited")) == groups
+    assert config["moe"]["shared_expert_intermediate_size"] == 32
+    assert "moe" not in planned(CHECKPOINTS / V2, release="0.15").config
+
+
+def test_an_engine_without_yarn_is_told_a_factor_of_one(checkpoint):
+    args = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    assert planned(checkpoint(LITE, **args)).config["rotary_scaling"] == {
+        "type": "yarn",
+        "factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 64,
+    }
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dist_export.models.layout_ops import (
     SAME,
     SPLIT_HALVES,
     SPLIT_INTERLEAVED,
+    SPLIT_KEY_VALUE_UP,
     SPLIT_QKV,
     LayoutOp,
     TrimVocabulary,
@@ -90,6 +91,19 @@ def test_blocks_that_alternate_on_each_rank_split_and_join(data: st.DataObject) 
     joined = SPLIT_INTERLEAVED.join(parts, config)
     assert joined.faults() == []
     assert (run(joined, numbers) == run(view, numbers)).all()
+
+
+def test_each_head_of_latent_attention_has_its_keys_before_its_values() -> None:
+    sizes = {"kv_lora_rank": 3, "qk_nope_head_size": 2, "qk_rope_head_size": 2, "value_head_size": 5}
+    sizes |= {"head_size": 4, "num_query_groups": 4}
+    config, (view, numbers) = model_config(num_attention_heads=4, **sizes), source((4 * (2 + 5), 3))
+    parts = SPLIT_KEY_VALUE_UP.split(view, config)
+    heads = run(view, numbers).reshape(4, 7, 3)
+    assert (run(parts[0], numbers) == heads[:, :2].reshape(8, 3)).all()
+    assert (run(parts[1], numbers) == heads[:, 2:].reshape(20, 3)).all()
+    assert (run(SPLIT_KEY_VALUE_UP.join(parts, config), numbers) == run(view, numbers)).all()
+    with pytest.raises(ExportError, match="has 21 rows, expected 28"):
+        SPLIT_KEY_VALUE_UP.split(source((21, 3))[0], config)
 
 
 def test_padding_rows_leave_the_vocabulary_and_come_back_as_zeros() -> None:

@@ -18,6 +18,8 @@ CHECKPOINTS = {
     "deepseek_v3_core_0_16": "deepseek_v3",
     "moonlight_core_0_16_tp2": "moonlight",
     "deepseek_v2_core_0_16": "deepseek_v2",
+    "deepseek_v2_groups_core_0_16": "deepseek_v2_groups",
+    "deepseek_v2_lite_core_0_16": "deepseek_v2_lite",
     "decilm_core_0_16": "decilm",
     "gpt_oss_core_0_16": "gpt_oss",
     "gemma_bridge_core_0_16_tp2": "gemma",

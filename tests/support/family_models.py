@@ -19,7 +19,7 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS.parent / "launch"), str(TESTS.parent), str(TESTS)]
 
-import megatron_on_cpu  # noqa: E402  first of all, because it hides the GPUs
+import megatron_on_cpu  # noqa: E402
 import portable_weights  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
@@ -269,6 +269,7 @@ def run_rank(rank: int, name: str, out: Path, tp: int, rendezvous: str) -> None:
 
 def main() -> None:
     """Fork the ranks."""
+    megatron_on_cpu.hide_gpus()
     from megatron.core.models.gpt import GPTModel  # noqa: F401  imported before the fork
     from torch.multiprocessing.spawn import start_processes
 

@@ -71,6 +71,14 @@ _SIGMOID = {
     "moe_router_topk_scaling_factor": 2.5,
     "moe_router_pre_softmax": True,
 }
+_GROUPS = {
+    "num_moe_experts": 8,
+    "moe_router_topk": 2,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_pre_softmax": True,
+}
 _MLA_ARGS = {"rope_type": None, "position_embedding_type": "rope"}
 
 MODELS = {
@@ -85,6 +93,17 @@ MODELS = {
         {**_DEEPSEEK, "q_lora_rank": None, "rotary_scaling_factor": 1.0, "rope_type": "rope"}
         | {"mscale_all_dim": 0.0, "mscale": 1.0, "moe_router_topk": 2, "moe_router_pre_softmax": True},
         args={"position_embedding_type": "rope"},
+        kind="MLATransformerConfig",
+    ),
+    # What TensorRT-LLM's class serves has values as large as unrotated keys: V2 with groups of experts, and V2-Lite.
+    "deepseek_v2_groups": Model(
+        {**_DEEPSEEK, **_GROUPS, "v_head_dim": 8},
+        args=_MLA_ARGS,
+        kind="MLATransformerConfig",
+    ),
+    "deepseek_v2_lite": Model(
+        {**_DEEPSEEK, "q_lora_rank": None, "v_head_dim": 8, "moe_router_topk": 2, "moe_router_pre_softmax": True},
+        args=_MLA_ARGS,
         kind="MLATransformerConfig",
     ),
 }

@@ -32,7 +32,7 @@ class Span:
         return RELEASES.index(self.first) <= RELEASES.index(str(release)) <= RELEASES.index(self.last)
 
     def __str__(self) -> str:
-        return f"{self.first} to {self.last}"
+        return described((self.first, self.last))
 
 
 ALL = Span()

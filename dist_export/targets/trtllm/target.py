@@ -113,8 +113,11 @@ def plan_export(
         facts={
             "layout": f"{layout}, layers per stage {', '.join(map(str, layout.layers_per_stage))}",
             "valid in": f"TensorRT-LLM {described(releases)}",
-            "next": build_command(config, checkpoint="{output}"),
         },
+        serve=(
+            build_command(config, checkpoint="{output}"),
+            "trtllm-serve ENGINES --tokenizer TOKENIZER  # TensorRT-LLM 1.0 and later: and --backend tensorrt",
+        ),
         notes=(*resolved.notes, *model_notes(model), *engine.notes(model), *notes),
     )
 
