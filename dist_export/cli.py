@@ -22,6 +22,7 @@ from dist_export.arguments import (
     source_of,
 )
 from dist_export.errors import ExportError
+from dist_export.refit.arguments import add_refit_arguments
 from dist_export.run_arguments import add_calibrate_arguments, add_evaluate_arguments, add_generate_arguments
 from dist_export.runtime import exit_codes
 
@@ -31,6 +32,9 @@ EPILOG = """examples:
   dist-export export  /checkpoints/run1 /exports/run1 --tp 4 --pp 2
   torchrun --nproc-per-node 8 launch/export.py /checkpoints/run1 /exports/run1 --tp 4 --pp 2
 """
+
+INSTALL_TORCH = "run: pip install 'dist-export[torch]'"
+
 
 class _WideParser(argparse.ArgumentParser):
     """A command's parser: help that keeps long options and their meaning on one line, whatever the terminal."""
@@ -65,6 +69,7 @@ def build_parser(program: str = "dist-export") -> argparse.ArgumentParser:
     families.add_argument("--markdown", action="store_true", help="as the table of the README")
     add_export_arguments(commands.add_parser("export", help="export on this machine, starting its own processes"))
     add_engine_arguments(commands.add_parser("engine", help="build TensorRT-LLM engines from an existing export"))
+    add_refit_arguments(commands.add_parser("refit", help="bring an export to a newer iteration, writing what changed"))
     add_verify_arguments(commands.add_parser("verify", help="prove that an export is right, without a GPU or TensorRT"))
     add_calibrate_arguments(commands.add_parser("calibrate", help="find the scales of a quantised export from texts"))
     add_generate_arguments(commands.add_parser("generate", help="what an export continues a prompt with"))
@@ -77,11 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     commands = {"inspect": _inspect, "plan": _plan, "export": _export, "verify": _verify, "report": _report}
     commands |= {"families": _families, "calibrate": _calibrate, "generate": _generate, "evaluate": _evaluate}
-    commands |= {"engine": _engine}
+    commands |= {"engine": _engine, "refit": _refit}
     try:
         return commands[options.command](options)
     except ExportError as error:
         print(f"dist-export: error: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print(f"dist-export: error: {options.command} needs torch here; {INSTALL_TORCH}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -153,6 +163,12 @@ def _engine(options: argparse.Namespace) -> int:
     from dist_export.engines.command import engine_command
 
     return engine_command(options)
+
+
+def _refit(options: argparse.Namespace) -> int:
+    from dist_export.refit.command import refit_command
+
+    return refit_command(options)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -14,13 +14,14 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from isal.isal_zlib import crc32
 
 from dist_export.convert.journal import FOLDER as JOURNALS
 from dist_export.convert.journal import Done, Journal, confirmed, read_journals
 from dist_export.convert.ledger import PIECE_BYTES, Ledger, Run, TensorKey, merged
-from dist_export.convert.outputs import OutputFile
+from dist_export.convert.outputs import OutputFile, WritableFile
 from dist_export.errors import ExportError
 from dist_export.plan.job import ExportJob
 from dist_export.plan.placement import Placement
@@ -29,6 +30,26 @@ from dist_export.runtime.group import Group
 COPY_BYTES = 4 << 20  # the buffer of a process that copies or digests
 
 Runs = dict[TensorKey, list[Run]]
+
+
+class RunFiles(Protocol):
+    """What a session needs of the files it writes to; `StagedFiles` says what each is."""
+
+    journal: Journal | None
+    bytes_gathered: int
+
+    @property
+    def outputs(self) -> Mapping[int, WritableFile]: ...
+    @property
+    def owned(self) -> list[int]: ...
+    def create(self, *, resumed: bool) -> None: ...
+    def share_found(self) -> Runs: ...
+    def open(self, numbers: Iterable[int]) -> Mapping[int, WritableFile]: ...
+    def hand_over(self, ledger: Ledger) -> None: ...
+    def gather(self, ledger: Ledger) -> None: ...
+    def sync(self) -> None: ...
+    def sha256(self, number: int) -> str: ...
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)

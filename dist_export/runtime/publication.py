@@ -21,6 +21,8 @@ CONFIG = "config.json"
 MANIFEST = "export_manifest.json"
 
 _INSIDE = ".dist_export"  # the staging folder in an output that is a mount point
+REFIT = ".refit.dist_export"
+"""In an output: a refit that is being applied, or was stopped while it was (`dist_export.refit.redo`)."""
 _FINISHED = ".finished-"
 _REPLACED = ".replaced"
 
@@ -55,8 +57,20 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     found = {name for folder in _folders(output) for name in (CONFIG, MANIFEST) if (folder / name).is_file()}
     if _visible(output) and not found:
         raise ExportError(f"{output}: holds files that are not an export; choose another output")
+    if not overwrite:
+        check_no_refit(output)
     if CONFIG in found and not overwrite:  # without it, it is what a run left that died while publishing
         raise ExportError(f"{output}: an export is there already; --overwrite replaces it once the new one is whole")
+
+
+def check_no_refit(output: Path) -> None:
+    """Raise `ExportError` where a refit of `output` was stopped while it was applied: its files are partly new."""
+    for folder in (output, output.parent):
+        if (folder / REFIT).is_dir():
+            raise ExportError(
+                f"{folder}: a refit of this export is being applied, or was stopped while it was; "
+                f"if none is running, finish it: dist-export refit - {folder}"
+            )
 
 
 def _visible(output: Path) -> list[Path]:

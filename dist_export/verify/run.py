@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,8 @@ from dist_export.models.overrides import coerce_override
 from dist_export.plan.export import ExportPlan
 from dist_export.quantization import QuantizationOptions
 from dist_export.runtime.group import Group
-from dist_export.targets.huggingface.target import NAME as HUGGING_FACE
-from dist_export.targets.huggingface.target import HuggingFaceOptions
-from dist_export.targets.trtllm.target import NAME as TRTLLM
-from dist_export.targets.trtllm.target import TrtllmOptions
+from dist_export.runtime.publication import check_no_refit
+from dist_export.targets.registry import TARGETS, target_named
 from dist_export.verify import checksums
 from dist_export.verify.files import MANIFEST, FolderCheck, check_folder, read_manifest
 from dist_export.verify.findings import CHECKSUMS, COVERAGE, LEVELS, PLAN, REBUILD, Finding, VerifyReport
@@ -64,6 +62,7 @@ def find_exports(output: Path) -> list[Path]:
     """
     if not output.is_dir():
         raise ExportError(f"{output}: no such folder")
+    check_no_refit(output)
     if (output / MANIFEST).is_file():
         return [output]
     found = sorted(path for path in output.iterdir() if path.is_dir() and (path / MANIFEST).is_file())
@@ -121,19 +120,22 @@ def plan_from_manifest(model: OpenedModel, manifest: Mapping[str, Any]) -> Expor
 
     Raises `ExportError` when the options are not those of a known target, or cannot be planned.
     """
+    return plan(model, options_from_manifest(manifest), family=manifest["request"].get("family"))
+
+
+def options_from_manifest(manifest: Mapping[str, Any]) -> TargetOptions:
+    """What was chosen of the target; `ExportError` when it is not known."""
     request = manifest["request"]
     name, options = request.get("target"), request.get("options")
-    makers: dict[object, Callable[[Mapping[str, object]], TargetOptions]] = {
-        TRTLLM: TrtllmOptions.from_plain,
-        HUGGING_FACE: HuggingFaceOptions.from_plain,
-    }
-    if name not in makers or not isinstance(options, dict):
-        raise ExportError(f"{MANIFEST}: request names no known target ({name!r}); known: {', '.join(map(str, makers))}")
+    target = target_named(name)
+    if target is None or not isinstance(options, dict):
+        known = ", ".join(each.name for each in TARGETS)
+        raise ExportError(f"{MANIFEST}: request names no known target ({name!r}); known: {known}")
     try:
-        chosen = makers[name](options)
+        chosen: TargetOptions = target.options.from_plain(options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ExportError(f"{MANIFEST}: the options of {name} cannot be read: {error}") from error
-    return plan(model, chosen, family=request.get("family"))
+    return chosen
 
 
 def verify_export(
@@ -277,8 +279,10 @@ class Verification:
         zeros = rebuild.zeros(group.rank, group.world_size)
         group.progress.add(total=sum(source.num_bytes for source in work))
         mine = rebuild.compare(work, zeros, progress=self._progress)
-        mine.findings, num_bytes = rebuild.compare_scales(group.rank, group.world_size)
-        mine.num_bytes += num_bytes
+        for compare in (rebuild.compare_scales, rebuild.compare_products):
+            found, num_bytes = compare(group.rank, group.world_size)
+            mine.findings += found
+            mine.num_bytes += num_bytes
         gathered = group.gather(self._step("differences"), mine.encode())
         if gathered is not None:
             comparisons = [RankComparison.decode(data) for data in gathered]

@@ -19,8 +19,8 @@ _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TOR
 MOST_SECONDS = 15.0
 """From a fault to the end of all processes."""
 
-TELLS_OF_THE_RUN = ("export_manifest.json", "export_report.html", "quantization_report.json")
-"""Files of an export that say how it went, or (after a resume) only of what was done since."""
+TELLS_OF_THE_RUN = ("export_manifest.json", "export_report.html")
+"""Files of an export that say how it went."""
 
 Contents = dict[str, bytes | None]
 
