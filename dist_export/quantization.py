@@ -82,9 +82,7 @@ class States:
     te: TeScales
 
 
-def read_quantiser_states(
-    checkpoint: Checkpoint, tensors: QuantizerTensors, options: QuantizationOptions
-) -> States:
+def read_quantiser_states(checkpoint: Checkpoint, tensors: QuantizerTensors, options: QuantizationOptions) -> States:
     """Read the layers' states and ModelOpt's files. `ExportError` for what cannot be read.
 
     The layers' states are not opened for an export that nothing asks to quantise: no option, no quantiser's tensor, no
@@ -271,18 +269,9 @@ def _refuse_smoothed(tensors: QuantizerTensors) -> None:
         )
 
 
-COMPRESSED = (Scheme.FP8, Scheme.NVFP4)
-"""Of these, weights that are stored quantised (``mtq.compress``) have the very form in which they are served."""
-
-
 def _refuse_unknown(schemes: Mapping[ModuleName, LinearScheme]) -> None:
     faults = Faults("quantisation that cannot be exported")
     for name, each in schemes.items():
         if each.scheme not in SUPPORTED:
             faults.add(f"{name}: {each.scheme.value}")
-        elif each.compressed and each.scheme not in COMPRESSED:
-            faults.add(
-                f"{name}: its {each.scheme.value} weight is stored quantised (mtq.compress), in another order and with "
-                "rounded scales; export the model as it was before it was compressed"
-            )
     faults.raise_if_any()

@@ -6,22 +6,21 @@ from collections.abc import Mapping
 
 from dist_export.checkpoint.quantizer_scheme import KvScheme
 from dist_export.convert.quality import FEW_ROWS, SAMPLED, Quality
+from dist_export.convert.remeasure import is_measured
 from dist_export.convert.scale_table import ScaleTable
 from dist_export.models.quantization import Quantization
 from dist_export.plan.export import ExportPlan
-from dist_export.plan.recipes import Codes, Encoded, Scalars
+from dist_export.plan.recipes import Encoded, Scalars
 
 REPORT = "quantization_report.json"
 NUM_WORST = 10
-NOT_MEASURED = (Codes.E2M1_SCALES, Codes.WEIGHTS)
-"""Codes that are no weights, and weights that keep their precision."""
 
 
 def quantization_report(
     plan: ExportPlan, numbers: range, qualities: Mapping[str, Quality], table: ScaleTable
 ) -> dict[str, object] | None:
     """The report of a plan; None where nothing is quantised. `numbers` are the job's numbers of its files, `qualities`
-    those of all processes by ``file/tensor``. A resumed run has measured only what it encoded itself."""
+    those of all processes by ``file/tensor``."""
     if plan.quantization is None:
         return None
     tensors: dict[str, dict[str, object]] = {}
@@ -33,7 +32,7 @@ def quantization_report(
             name, recipe = tensor.name if one_file else f"{shard.file_name}: {tensor.name}", tensor.recipe
             if isinstance(recipe, Scalars) and recipe.of_inputs:
                 activations[name] = [float(table.input_scale(group, recipe.divisor)) for group in recipe.groups]
-            if not isinstance(recipe, Encoded) or recipe.codes in NOT_MEASURED:
+            if not isinstance(recipe, Encoded) or not is_measured(recipe.codes):
                 continue
             quality = qualities.get(f"{number}/{index}", Quality())
             tensors[name] = {"codes": recipe.codes.value[0], **quality.describe()}

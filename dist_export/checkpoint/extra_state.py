@@ -194,6 +194,11 @@ def _checked(state: TeState, saved: SavedBytes) -> TeState:
 
 
 def _floats(saved: SavedBytes, value: object, name: str) -> Float32:
+    if isinstance(value, list):  # as `rank_extra_states` has it
+        try:
+            return _float32(np.array(value, np.float32))
+        except (TypeError, ValueError):
+            raise ExportError(f"{saved.origin}: {name} is a list of other than numbers, expected a tensor") from None
     found = saved.array(value, name=name)
     if found is None:
         raise ExportError(f"{saved.origin}: {name} is {_kind(value)}, expected a tensor")

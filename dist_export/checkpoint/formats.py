@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from dist_export.checkpoint import dcp, legacy, torch_dist, zarr_dist
+from dist_export.checkpoint import torch_dist
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError
 
@@ -30,12 +32,25 @@ class Format:
     the table, since the processes of a node share one."""
 
 
+def _later(module: str, name: str) -> Callable[[Any], Any]:
+    """A function of a module next to this one, which is imported when it is called: most runs need one format."""
+
+    def function(argument: Any) -> Any:
+        return getattr(import_module(f"dist_export.checkpoint.{module}"), name)(argument)
+
+    return function
+
+
+def _format(name: str, module: str, recogniser: str) -> Format:
+    return Format(name, _later(module, recogniser), _later(module, "read_index"), _later(module, "read_common_state"))
+
+
 WEIGHT_FORMATS = (
     Format(torch_dist.FORMAT, torch_dist.is_torch_dist, torch_dist.read_index, torch_dist.read_common_state),
-    Format(zarr_dist.FORMAT, zarr_dist.is_zarr, zarr_dist.read_index, zarr_dist.read_common_state),
-    Format(legacy.FORMAT, legacy.is_legacy, legacy.read_index, legacy.read_common_state),
-    Format(dcp.FORMAT, dcp.is_dcp, dcp.read_index, dcp.read_common_state),
-    Format(dcp.FSDP_FORMAT, dcp.is_dcp, dcp.read_index, dcp.read_common_state),
+    _format("zarr", "zarr_dist", "is_zarr"),
+    _format("legacy", "legacy", "is_legacy"),
+    _format("torch_dcp", "dcp", "is_dcp"),
+    _format("fsdp_dtensor", "dcp", "is_dcp"),
 )
 """Folders of weights. First match wins."""
 

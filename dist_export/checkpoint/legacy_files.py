@@ -134,6 +134,21 @@ def read_rank_state(path: Path, number: int) -> RankState:
     )
 
 
+def read_member(path: Path, base: int, size: int, *, origin: str) -> SavedState:
+    """The same of `size` bytes from `base` of an archive; offsets of its tensors are those in the archive."""
+    try:
+        with path.open("rb") as file:
+            return read_state(
+                lambda at, length: os.pread(file.fileno(), length, at),
+                base,
+                size,
+                origin=origin,
+                max_pickle_bytes=_MOST_PICKLE_BYTES,
+            )
+    except OSError as error:
+        raise ExportError(f"{origin}: cannot be read: {error.strerror or error}") from error
+
+
 def read_saved(path: Path) -> SavedState:
     """The object in a ``torch.save`` file of either container, by its first bytes."""
     try:
@@ -145,9 +160,7 @@ def read_saved(path: Path) -> SavedState:
                 return os.pread(descriptor, size, position)
 
             if head.startswith(MAGIC):
-                return read_unzipped_state(
-                    read_at, length, origin=str(path), max_pickle_bytes=_MOST_PICKLE_BYTES
-                )
+                return read_unzipped_state(read_at, length, origin=str(path), max_pickle_bytes=_MOST_PICKLE_BYTES)
             if head.startswith(_ZIP):
                 return read_state(read_at, 0, length, origin=str(path), max_pickle_bytes=_MOST_PICKLE_BYTES)
     except OSError as error:
@@ -177,16 +190,16 @@ def _chunk_keys(state: Mapping[Any, object], path: Path) -> list[str]:
     return [numbers[number] for number in expected]
 
 
-def _chunk(
-    model: object, saved: SavedState, file: int, unused: Unused
-) -> tuple[dict[str, Shard], dict[str, Shard]]:
+def _chunk(model: object, saved: SavedState, file: int, unused: Unused) -> tuple[dict[str, Shard], dict[str, Shard]]:
     """Tensors and ``_extra_state`` tensors of a model chunk."""
     tensors: dict[str, Shard] = {}
     extra: dict[str, Shard] = {}
     faults = Faults(f"{saved.origin}: not plain weights")
     for name, value in flat_items(model):
         is_extra = name.rpartition(".")[2] == "_extra_state"
-        if isinstance(value, TensorRef):
+        if "._extra_state." in name:  # a dict, of TransformerEngine 0.3 to 0.5
+            unused.add("state of layers that is no weight", 0)
+        elif isinstance(value, TensorRef):
             (extra if is_extra else tensors)[name] = _shard(saved, name, value, file)
         elif is_extra and value is not None:
             unused.add("state of layers that is no weight", 0)
@@ -212,9 +225,7 @@ def flat_items(model: object) -> Iterator[tuple[str, object]]:
 def _shard(saved: SavedState, name: str, ref: TensorRef, file: int) -> Shard:
     record = saved.tensor(ref, name=name)
     itemsize = dtype_by_name(record.dtype, where=f"{saved.origin}: {name}").itemsize
-    shard = Shard(
-        file, record.dtype, record.shape, record.offset, tuple(step * itemsize for step in record.strides)
-    )
+    shard = Shard(file, record.dtype, record.shape, record.offset, tuple(step * itemsize for step in record.strides))
     if not shard.is_readable:
         raise ExportError(
             f"{saved.origin}: {name} of shape {list(ref.shape)} has strides {list(ref.strides)}: neither its rows nor "

@@ -145,7 +145,7 @@ def is_gated(first: Shard, second: Shard | None, *, where: str) -> bool:
     """Whether fc1 holds gate and up: twice as many rows as fc2 has columns, on the same rank."""
     if second is None or len(second.shape) != 2:
         raise ExportError(f"{where}: there is no linear_fc2.weight beside it, so whether it is gated is not known")
-    rows, columns = first.shape[0], second.shape[1]
+    rows, columns = first.shape[0], second.shape[1] * (2 if second.dtype == "uint8" else 1)  # two FP4 or INT4 in a byte
     if rows not in (columns, 2 * columns):
         raise ExportError(f"{where} has {rows} rows on a rank, expected {columns} or {2 * columns} for its linear_fc2")
     return rows == 2 * columns

@@ -75,11 +75,12 @@ def joined_quantizer(
     weight = next(iter(beside.get(weight_name, ())), None)
     if weight is None or len(weight.shape) != 2:
         raise ExportError(f"{where}: there is no {weight_name} beside it, so its rows are not known")
-    return _of_rows(ranks, split, weight, read, where=where)
+    return _of_rows(ranks, split, weight, read, where=where, own=found.quantity is Quantity.SCALE)
 
 
-def _of_rows(ranks: Sequence[Shard], split: Split, weight: Shard, read: ReadShard, *, where: str) -> Joined:
-    """Numbers of rows or of blocks of columns, ``[rows, n]`` or flat."""
+def _of_rows(ranks: Sequence[Shard], split: Split, weight: Shard, read: ReadShard, *, where: str, own: bool) -> Joined:
+    """Numbers of rows or of blocks of columns, ``[rows, n]`` or flat. `own`: scales of codes, of which a row-parallel
+    rank has its own for each row (``torch_dist`` keeps a column per rank, too)."""
     shape, (rows, columns) = ranks[0].shape, weight.shape
     dim = 1 if split is Split.COLUMNS else 0
     if shape[1] == 1 and shape[0] != rows and shape[0] % rows == 0:
@@ -89,7 +90,7 @@ def _of_rows(ranks: Sequence[Shard], split: Split, weight: Shard, read: ReadShar
     if split is Split.REPLICATED:
         return _replicated(ranks, read, where)
     # One number per row of a row-parallel linear: of the whole row, or of a block as wide as the rank's columns.
-    if dim == 0 or ranks[0].shape[1] > 1 or (columns <= _LARGEST_BLOCK and _difference(ranks, read) is not None):
+    if dim == 0 or own or ranks[0].shape[1] > 1 or (columns <= _LARGEST_BLOCK and _difference(ranks, read) is not None):
         return joined_along(dim, ranks)
     return _replicated(ranks, read, where)
 

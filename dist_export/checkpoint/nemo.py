@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_export.checkpoint import formats, legacy, torch_dist, zarr_dist
+from dist_export.checkpoint import formats, torch_dist
 from dist_export.checkpoint.adapters import refuse_adapters
 from dist_export.checkpoint.archive import is_tar, open_tar
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.checkpoint.index import CheckpointIndex, check_extents
-from dist_export.checkpoint.nemo_ranks import has_rank_files, read_rank_files
 from dist_export.checkpoint.plain_text import MOST_BYTES, parse_yaml, plain
 from dist_export.errors import ExportError
 
@@ -118,11 +117,15 @@ def _tree(path: Path) -> FileTree:
 def _read_weights(path: Path, tree: FileTree) -> CheckpointIndex:
     about = f"{WEIGHTS}/metadata.json"
     if about not in tree.files:
+        from dist_export.checkpoint.nemo_ranks import has_rank_files, read_rank_files
+
         if not has_rank_files(tree):
             raise ExportError(f"{path}: holds no weights ({WEIGHTS}/ or {WEIGHTS}.ckpt)")
-        return read_rank_files(tree, _arguments(tree)).relabelled(f"{FORMAT} ({legacy.FORMAT})")
+        return read_rank_files(tree, _arguments(tree)).relabelled(f"{FORMAT} (legacy)")
     backend = torch_dist.backend_of(tree.read(about, most=MOST_BYTES))
-    if backend == zarr_dist.FORMAT:
+    if backend == "zarr":
+        from dist_export.checkpoint import zarr_dist
+
         return zarr_dist.read_tree(tree.below(WEIGHTS)).relabelled(f"{FORMAT} ({zarr_dist.FORMAT})")
     if path.is_dir():
         return formats.read_weights(path / WEIGHTS, FORMAT)

@@ -17,11 +17,11 @@ from dist_export.checkpoint import legacy
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, Item
-from dist_export.checkpoint.legacy_files import RankFile, RankState, Unused
+from dist_export.checkpoint.legacy_files import RankFile, RankState, Unused, read_member
 from dist_export.checkpoint.legacy_shards import Shard
 from dist_export.checkpoint.pickles import TensorRef
-from dist_export.checkpoint.rank_states import MOST_PICKLE_BYTES, pack_state, states_in_child
-from dist_export.checkpoint.torch_save import SavedState, read_state
+from dist_export.checkpoint.rank_states import pack_state, states_in_child
+from dist_export.checkpoint.torch_save import SavedState
 from dist_export.errors import ExportError, Faults
 from dist_export.tensors.dtypes import dtype_by_name
 
@@ -91,17 +91,7 @@ def packed_weights(root: str, name: str, stored_name: str, base: int, size: int,
 
 def _read(weights: _Weights) -> RankState:
     file, root = weights.file, Path(weights.root)
-    try:
-        with (root / file.name).open("rb") as stream:
-            saved = read_state(
-                lambda at, size: os.pread(stream.fileno(), size, at),
-                file.base,
-                file.size,
-                origin=weights.where,
-                max_pickle_bytes=MOST_PICKLE_BYTES,
-            )
-    except OSError as error:
-        raise ExportError(f"{weights.where}: cannot be read: {error.strerror or error}") from error
+    saved = read_member(root / file.name, file.base, file.size, origin=weights.where)
     unused = Unused()
     return RankState(
         path=root / weights.name,

@@ -14,11 +14,20 @@ from dist_export.checkpoint.adapters import AdapterSettings, check_whole, with_b
 from dist_export.checkpoint.formats import WEIGHT_FORMATS, Format
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.index_cache import cached_index
-from dist_export.checkpoint.master_weights import with_master_weights
 from dist_export.checkpoint.pickles import Record
 from dist_export.errors import ExportError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+LAYOUT_ARGUMENTS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "cp": "context_parallel_size",
+    "dp": "data_parallel_size",
+}
 
 FORMATS: tuple[Format, ...] = (
     Format(nemo.FORMAT, nemo.is_nemo, nemo.read_index, nemo.read_common_state),
@@ -45,6 +54,13 @@ class Checkpoint:
         if isinstance(arguments, Record) and isinstance(arguments.state, Mapping):
             return arguments.state
         return arguments if isinstance(arguments, Mapping) else None
+
+    @property
+    def training_layout(self) -> dict[str, int]:
+        """Axis -> parallel size of the training run, as far as its arguments say."""
+        arguments = self.arguments or {}
+        found = {axis: arguments.get(name) for axis, name in LAYOUT_ARGUMENTS.items()}
+        return {axis: size for axis, size in found.items() if isinstance(size, int)}
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and times of the files, hexadecimal: tells a changed checkpoint. Reads no data."""
@@ -118,7 +134,7 @@ def open_checkpoint(
             iteration=known.read_common(adapters).get("iteration"),
         )
         return checkpoint_of(table)
-    index = with_master_weights(_read_index(folder, None)) if master_weights else _read_index(folder, index_cache)
+    index = _with_master_weights(folder) if master_weights else _read_index(folder, index_cache)
     check_whole(index)
     return checkpoint_of(index)
 
@@ -138,6 +154,12 @@ def _format_of(folder: Path) -> Format:
         if known.recognises(folder):
             return known
     raise ExportError(_unrecognised(folder))
+
+
+def _with_master_weights(folder: Path) -> CheckpointIndex:
+    from dist_export.checkpoint.master_weights import with_master_weights
+
+    return with_master_weights(_read_index(folder, None))
 
 
 def _read_index(folder: Path, cache: Path | None) -> CheckpointIndex:

@@ -24,7 +24,7 @@ from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.quantization import PER_TENSOR, STATIC_INPUT, Quantization, kv_module, row_slab
 from dist_export.plan.quantize import FP8_MAX
-from dist_export.tensors.dtypes import dtype_by_name
+from dist_export.tensors.dtypes import DType, dtype_by_name
 
 Float32 = npt.NDArray[np.float32]
 MEASURE_BYTES = 1 << 20
@@ -159,6 +159,13 @@ def entries_of(quantization: Quantization) -> list[Entry]:
 
 def _weight_entry(quantization: Quantization, module: ModuleName) -> Entry:
     scheme, find_tensor = quantization.schemes[module], quantization.tensors.find
+    if scheme.compressed and scheme.scheme is Scheme.W4A8_AWQ:  # of its second quantiser an amax is kept
+        stored = find_tensor(module, Quantizer.WEIGHT, Quantity.AMAX, 1)
+        if stored is None:
+            raise ExportError(
+                f"{module}: its weight is stored quantised, but its second {Quantity.AMAX.value} is missing"
+            )
+        return Entry(module, False, stored)
     if scheme.compressed:
         quantity = Quantity.SCALE if scheme.scheme is Scheme.FP8 else Quantity.DOUBLE_SCALE
         stored = find_tensor(module, Quantizer.WEIGHT, quantity)
@@ -187,25 +194,23 @@ def weights_of(quantization: Quantization, module: ModuleName) -> tuple[SourceTe
 
 
 def share(entries: Sequence[Entry], rank: int, world_size: int) -> list[int]:
-    """Numbers of the entries that one process finds: balanced by the bytes they take."""
-    loads, mine = [0] * world_size, []
-    for number in sorted(range(len(entries)), key=lambda n: (-entries[n].num_bytes, n)):
-        target = loads.index(min(loads))
-        loads[target] += entries[number].num_bytes + 1
-        if target == rank:
-            mine.append(number)
-    return sorted(mine)
+    """Numbers of the entries that one process reads: every one of which a value is stored has one process."""
+    return [number for number, entry in enumerate(entries) if entry.stored][rank::world_size]
 
 
 def find(entries: Sequence[Entry], numbers: Sequence[int], reader: ViewReader) -> Float32:
-    """The values of the entries `numbers`, -inf for all others: float32, all entries' one after the other."""
+    """The stored values of the entries `numbers`, -inf for all others: float32, all entries' one after the other.
+
+    Weights are measured here only where the stored amax is 0, of a weight that calibration never saw; those of which
+    none is stored are left to `dist_export.convert.measuring`.
+    """
     starts = np.cumsum([0, *(entry.size for entry in entries)])
     values = np.full(starts[-1], -np.inf, np.float32)
     for number in numbers:
         entry = entries[number]
-        found = _read(entry, reader) if entry.stored else np.float32(0)
+        found = _read(entry, reader)
         if entry.measured and not found:
-            found = _measure_rows(entry, reader) if entry.num_rows else _measure(entry.measured, reader)
+            found = _measure(entry.measured, reader)
         values[starts[number] : starts[number + 1]] = found
     return values
 
@@ -264,21 +269,15 @@ def _read(entry: Entry, reader: ViewReader) -> np.float32:
 def _measure(weights: Sequence[SourceTensor], reader: ViewReader) -> np.float32:
     largest = np.float32(0)
     for weight in weights:
+        dtype = dtype_by_name(weight.dtype)
         for block in reader.row_blocks(weight, MEASURE_BYTES):
-            largest = np.maximum(largest, _magnitudes(block, weight, axis=None))  # keeps NaN
+            largest = np.maximum(largest, magnitudes(block, dtype, axis=None))  # keeps NaN
     return _float32(largest)
 
 
-def _measure_rows(entry: Entry, reader: ViewReader) -> Float32:
-    (weight,) = entry.measured
-    blocks = (_magnitudes(block, weight, axis=1) for block in reader.row_blocks(weight, MEASURE_BYTES))
-    return np.concatenate(list(blocks))
-
-
-def _magnitudes(raw: npt.NDArray[Any], weight: SourceTensor, *, axis: int | None) -> Float32:
-    """Largest magnitudes. Without their sign floats are ordered like their bits, NaN above infinity, which spares the
-    conversion of all of them."""
-    dtype = dtype_by_name(weight.dtype)
+def magnitudes(raw: npt.NDArray[Any], dtype: DType, *, axis: int | None) -> Float32:
+    """Largest magnitudes of raw elements. Without their sign floats are ordered like their bits, NaN above infinity,
+    which spares the conversion of all of them."""
     sign = raw.dtype.type(1 << (8 * dtype.itemsize - 1))
     return to_float32(np.asarray((raw & ~sign).max(axis=axis, initial=0)), dtype)
 

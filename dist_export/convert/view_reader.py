@@ -17,6 +17,7 @@ from dist_export.convert.sources import SourceFiles, SourceRectangle
 from dist_export.convert.tiles import Tile
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.low_rank import Updates
+from dist_export.models.quantization import stored_blocks
 from dist_export.plan.work import Rectangle, WorkItem, flat_rectangle, flat_shape, slab_shape
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name
@@ -93,13 +94,30 @@ class ViewReader:
         if piece.slab.name in self.measured:
             first = piece.source_start[0]
             return self.measured[piece.slab.name][first + rows[0] : first + rows[1]].reshape(-1, 1).view(np.uint32)
+        if (found := stored_blocks(piece.slab)) is not None:
+            first, left = piece.source_start
+            wanted = (first + rows[0], first + rows[1], left, left + piece.box.size[-1])
+            return self._blocks(*found, dtype, wanted)
         shape = slab_shape(piece.slab, self.shape_of)
         size = piece.box.size[len(piece.box.size) - len(shape) :]
         source = type(piece.box)(piece.source_start, size)
         top, _, left, right = flat_rectangle(source, shape)
-        return self._rectangle(piece.slab, shape, dtype, (top + rows[0], top + rows[1], left, right))
+        return self.rectangle(piece.slab, shape, dtype, (top + rows[0], top + rows[1], left, right))
 
-    def _rectangle(self, slab: Slab, shape: Shape, dtype: DType, wanted: Rectangle) -> Raw:
+    def _blocks(self, slab: Slab, blocks: int, dtype: DType, wanted: Rectangle) -> Raw:
+        """Scales of rows and columns of blocks, stored as `block_slab` says."""
+        top, bottom, left, right = wanted
+        shape = slab_shape(slab, self.shape_of)
+        shape = shape if len(shape) == 2 else (shape[0], 1)
+        parts = []
+        for rank in range(left // blocks, -(-right // blocks)):
+            column = self.rectangle(slab, shape, dtype, (top * blocks, bottom * blocks, rank, rank + 1))
+            first, end = max(left - rank * blocks, 0), min(right - rank * blocks, blocks)
+            parts.append(column.reshape(bottom - top, blocks)[:, first:end])
+        return np.concatenate(parts, axis=1)
+
+    def rectangle(self, slab: Slab, shape: Shape, dtype: DType, wanted: Rectangle) -> Raw:
+        """Some rows and columns of a slab of this shape, raw."""
         top, bottom, left, right = wanted
         result = np.zeros((bottom - top, right - left), f"u{dtype.itemsize}")
         for part in self.sources.rectangles(slab, shape, dtype, needed=[wanted]):

@@ -6,6 +6,7 @@ their scales, and so do gate and up. Logical weights find their module through t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -38,6 +39,25 @@ def row_slab(weight: Slab) -> Slab:
 def is_row_slab(slab: Slab) -> bool:
     """Whether a slab is one of `row_slab`."""
     return slab.name.startswith(_ROW_AMAX)
+
+
+_BLOCKS = re.compile(r"^(\d+) scales per row of (.*)$")
+
+
+def block_slab(stored: Slab, blocks: int) -> Slab:
+    """The name of a tensor of block scales read as ``[rows, blocks x T]``, as which no file has it.
+
+    It is stored as ``[rows x blocks, T]``: column t has the scales of training rank t's columns, row after row
+    (modelopt/torch/quantization/qtensor/int4_tensor.py, `INT4QTensor.quantize`, whose flat scales
+    plugins/megatron.py joins along dim 0 of column-parallel and dim 1 of row-parallel linears).
+    """
+    return Slab(f"{blocks} scales per row of {stored.name}", stored.prefix)
+
+
+def stored_blocks(slab: Slab) -> tuple[Slab, int] | None:
+    """What `block_slab` was made of; None for any other slab."""
+    match = _BLOCKS.match(slab.name)
+    return (Slab(match[2], slab.prefix), int(match[1])) if match else None
 
 
 def kv_module(layer: int, part: str) -> ModuleName:
@@ -153,16 +173,37 @@ class Quantization:
             return None
         return self._rows_of(found, located), found.dtype
 
-    def block_scales(self, logical: str, module: ModuleName) -> tuple[View, str]:
+    def stored_scales(self, logical: str, module: ModuleName) -> tuple[View, str]:
         """The scales of a weight that is stored quantised, ``[rows, blocks]`` in the order of its rows, and their type.
 
         Raises `ExportError` where the checkpoint has none.
         """
-        found = self.tensors.find(module, Quantizer.WEIGHT, Quantity.SCALE)
+        found, located = self._found_scales(logical, module, None)
+        return self._rows_of(found, located), found.dtype
+
+    def stored_block_scales(
+        self, logical: str, module: ModuleName, size: int, *, level: int | None
+    ) -> tuple[View, str]:
+        """The same of INT4 in blocks of `size` columns, which are reciprocals and stored one after the other."""
+        found, located = self._found_scales(logical, module, level)
+        halves = 1 if located.rule.source.endswith(".weight") else 2
+        rows, columns = located.source.shape[-2] * halves, located.source.shape[-1] * 2  # two columns in a byte
+        num_scales, parts = found.shape if len(found.shape) == 2 else (prod(found.shape), 1)
+        if num_scales % rows or num_scales // rows * parts * size != columns:
+            raise ExportError(
+                f"{found.slab}: {list(found.shape)} scales do not belong to {rows} rows of {columns} columns in blocks "
+                f"of {size}"
+            )
+        blocks = num_scales // rows
+        whole = SourceTensor(block_slab(found.slab, blocks), (rows, blocks * parts), found.dtype)
+        return self._rows_of(whole, located, stored_as=found), found.dtype
+
+    def _found_scales(self, logical: str, module: ModuleName, level: int | None) -> tuple[SourceTensor, Located]:
+        found = self.tensors.find(module, Quantizer.WEIGHT, Quantity.SCALE, level)
         located = self.logical.locate(logical, layer=module.layer, expert=module.expert)
         if found is None or located is None:
             raise ExportError(f"{module}: its weight is stored quantised, but its {Quantity.SCALE.value} is missing")
-        return self._rows_of(found, located), found.dtype
+        return found, located
 
     def measured_rows(self, logical: str, module: ModuleName) -> View:
         """``[rows, 1]``: the amax of each row of a logical weight, which the scale phase measures (`row_slab`)."""
@@ -191,12 +232,12 @@ class Quantization:
         experts = (replace(module, expert=expert) for expert in range(self.logical.config.num_experts))
         return [each for each in experts if each in self.schemes]
 
-    def _rows_of(self, amax: SourceTensor, located: Located) -> View:
+    def _rows_of(self, amax: SourceTensor, located: Located, *, stored_as: SourceTensor | None = None) -> View:
         view, config = View.of(amax.slab, amax.shape), self.logical.config
         rule, source = located.rule, located.source
         module, _, last = rule.source.rpartition(".")
         if module.endswith(".linear_fc1") and last in WEIGHT_NAMES and config.gated:
-            view = _in_gate_up_order(view, self.tensors.num_chunks(amax.slab.name))
+            view = _in_gate_up_order(view, self.tensors.num_chunks((stored_as or amax).slab.name))
             if not rule.source.endswith(".weight"):
                 part = SPLIT_HALVES.split(view, config)[rule.source.endswith("_v")]
                 return _checked(part, source, amax)

@@ -13,8 +13,8 @@ from enum import Enum
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import LinearScheme, Scheme
 from dist_export.errors import ExportError
-from dist_export.models.quantization import WEIGHT_ONLY, Quantization
-from dist_export.models.shard_ops import Slice
+from dist_export.models.quantization import PER_ROW, WEIGHT_ONLY, Quantization
+from dist_export.models.shard_ops import Slice, TensorParallel
 from dist_export.plan.recipes import (
     Codes,
     Encoded,
@@ -22,6 +22,7 @@ from dist_export.plan.recipes import (
     Groups,
     Recipe,
     Scalars,
+    ScaleForm,
     Smoothing,
     Stored,
     StoredScales,
@@ -37,6 +38,14 @@ FP8_MAX, NVFP4_MAX, INT8_MAX, INT4_MAX = 448.0, 6.0 * 448.0, 127.0, 7.0
 
 FP4 = (Scheme.NVFP4, Scheme.NVFP4_AWQ, Scheme.W4A16_NVFP4)
 AWQ = (Scheme.INT4_AWQ, Scheme.W4A8_AWQ)
+
+
+_AS_STORED = {
+    Codes.E4M3: Codes.STORED_E4M3,
+    Codes.INT8: Codes.STORED_INT8,
+    Codes.INT4: Codes.STORED_INT4,
+}
+"""Codes of weights -> the same of a checkpoint that stores them."""
 
 
 class Role(Enum):
@@ -183,13 +192,35 @@ class _Linear:
         yield from self._input_scale(input_divisor)
 
     def _per_row(self, codes: Codes, dtype: DType, divisor: float) -> Iterator[PlannedTensor]:
+        if self.linear.compressed:
+            yield from self._stored_per_row(codes, dtype)
+            return
         view, amax_dtype = self._stored(self._row_amax)
         if view.shape[-1] != 1:
             raise ExportError(f"its amax is {list(view.shape)}, expected one per row")
         yield self._codes(codes, dtype, StoredScales(view, amax_dtype, divisor))
         yield from self._small(Role.ROW_SCALE, Stored(view, amax_dtype, divisor, squeezed=True), FLOAT32)
 
+    def _stored_per_row(self, codes: Codes, dtype: DType) -> Iterator[PlannedTensor]:
+        """Of a weight that is stored as codes. Each training rank of a row-parallel linear has a scale of its own for
+        a row; ModelOpt makes those of FP8 equal (the amax is shared), which is checked as the codes are read."""
+        view, scale_dtype = self._stored(self._row_scale)
+        if view.shape[-1] > 1 and codes is Codes.INT8:
+            raise ExportError(
+                f"ModelOpt quantised the columns of its {view.shape[-1]} training ranks by scales of their own, and a "
+                "row has one place for a scale; export with a tp size that is a multiple of training's"
+            )
+        yield self._codes(codes, dtype, StoredScales(view, scale_dtype, 1.0, ScaleForm.SCALE))
+        scale = Stored(view.narrow(-1 % len(view.shape), 0, 1), scale_dtype, None, squeezed=True, form=ScaleForm.SCALE)
+        yield from self._small(Role.ROW_SCALE, scale, FLOAT32)
+
     def _per_block(self) -> Iterator[PlannedTensor]:
+        if self.linear.compressed:
+            view, dtype = self._stored(self._block_scale)
+            scales = StoredScales(view, dtype, 1.0, ScaleForm.RECIPROCAL)
+            yield self._codes(Codes.INT4, self.quantizer.dialect.int4_dtype, scales)
+            yield from self._small(Role.WEIGHT_SCALE, Stored(view, dtype, None, form=scales.form), FLOAT32)
+            return
         view, amax_dtype = self._stored(self._block_amax)
         size, columns = self.linear.group_size or 128, self.planned.view.shape[-1]
         if view.shape[-1] * size != columns:
@@ -211,7 +242,7 @@ class _Linear:
         name = self._name(Role.WEIGHT_SCALE)
         assert name is not None, "block scales are always written"
         if self.linear.compressed:
-            view, dtype = self._stored(self.quantizer.quantization.block_scales)
+            view, dtype = self._stored(self.quantizer.quantization.stored_scales)
             yield from self._small(Role.WEIGHT_SCALE, Stored(view, dtype, None), FLOAT8_E4M3)
         else:
             recipe = Encoded(Codes.E2M1_SCALES, scales, self._smoothing())
@@ -223,9 +254,12 @@ class _Linear:
 
     def _codes(self, codes: Codes, dtype: DType, scales: TableScales | StoredScales) -> PlannedTensor:
         if self.linear.compressed:
-            if self.planned.source_dtype != dtype:
-                raise ExportError(f"its weight is stored as {self.planned.source_dtype}, expected {dtype} codes")
-            return replace(self.planned, dtype=dtype)
+            found, expected = self.planned.source_dtype, UINT8 if codes is Codes.INT4 else dtype
+            if found != expected:
+                raise ExportError(f"its weight is stored as {found}, expected {expected} codes")
+            if codes is Codes.E2M1:  # has no code that is not a number
+                return replace(self.planned, dtype=dtype)
+            return replace(self.planned, dtype=dtype, recipe=Encoded(_AS_STORED[codes], scales))
         return replace(self.planned, dtype=dtype, recipe=Encoded(codes, scales, self._smoothing()))
 
     def _weight_scalar(self, role: Role, divisor: float) -> Iterator[PlannedTensor]:
@@ -247,7 +281,7 @@ class _Linear:
     def _factor(self) -> Iterator[PlannedTensor]:
         """The factor of the activations, cut along with the weight's columns."""
         name = self._name(Role.PRE_QUANT_SCALE)
-        required = bool(self.linear.pre_quant_scale) or self.linear.scheme in AWQ
+        required = bool(self.linear.pre_quant_scale) or (name is not None and self.linear.scheme in AWQ)
         found = self._of_columns(Quantity.PRE_QUANT_SCALE, required=required)
         if found is None:
             return
@@ -293,6 +327,14 @@ class _Linear:
             raise ExportError(f"{module}: {self.linear.scheme.value} needs the amax of its weight and there is none")
         return found
 
+    def _block_scale(self, logical: str, module: ModuleName) -> tuple[View, str]:
+        quantization, size = self.quantizer.quantization, self.linear.group_size or 128
+        level = 0 if self.linear.scheme is Scheme.W4A8_AWQ else None
+        return quantization.stored_block_scales(logical, module, size, level=level)
+
+    def _row_scale(self, logical: str, module: ModuleName) -> tuple[View, str]:
+        return self.quantizer.quantization.stored_scales(logical, module)
+
     def _row_amax(self, logical: str, module: ModuleName) -> tuple[View, str]:
         quantization = self.quantizer.quantization
         if quantization.is_measured(module):
@@ -312,9 +354,12 @@ class _Linear:
                 assert module is not None, f"{part.input.logical} has a module"
                 view, dtype = rows_of(part.input.logical, module)
                 dtypes.add(dtype)
-                by_row = view.shape[-1] == 1 and part.tensor.view.shape[-1] != 1
-                whole = by_row and isinstance(part.input.shard, Slice) and part.input.shard.dim == 1
-                views.append(view if whole else part.input.shard.take(view, self.resolved.tp, config))
+                shard, by_row = part.input.shard, self.linear.scheme in PER_ROW or view.shape[-1] == 1
+                if by_row and part.tensor.view.shape[-1] != 1 and isinstance(shard, Slice) and shard.dim == 1:
+                    view = _for_columns(view, self.resolved.tp)
+                else:
+                    view = shard.take(view, self.resolved.tp, config)
+                views.append(view)
             slices.append(views)
         if len(dtypes) > 1:
             raise ExportError(f"amax of its parts has element types {', '.join(sorted(dtypes))}")
@@ -330,6 +375,17 @@ class _Linear:
     def _name(self, role: Role) -> str | None:
         last = self.quantizer.dialect.names[self.linear.scheme].get(role)
         return None if last is None else f"{self.planned.name.removesuffix('weight')}{last}"
+
+
+def _for_columns(view: View, tp: TensorParallel) -> View:
+    """The scales of rows ``[rows, T]`` for one rank's share of the columns, of which T training ranks had a T-th each.
+
+    One for all columns serves every rank.
+    """
+    num_parts = view.shape[-1]
+    if num_parts % tp.size and tp.size % num_parts:
+        raise ExportError(f"{num_parts} training ranks' columns do not divide into {tp.size}; choose another tp size")
+    return view.narrow(1, tp.rank * num_parts // tp.size, max(num_parts // tp.size, 1))
 
 
 def _fused_name(logical: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantizer
-from dist_export.checkpoint.quantizer_scheme import KvScheme
+from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
 from dist_export.models.value_ops import ValueOp
@@ -30,9 +30,12 @@ from dist_export.verify.quantized_formulas import (
     Grain,
     e4m3_values,
     fp4_block_scales,
+    no_scales,
     packed,
     scale_of,
     single,
+    stored_int4,
+    stored_scales,
 )
 from dist_export.verify.quantized_names import KINDS, RECIPROCAL, TAKES_OVER, Cells, Kind, Quantised
 from dist_export.verify.quantizer_scales import WEIGHTS, QuantizerScales
@@ -74,7 +77,7 @@ class QuantisedOutput:
         if module in self.scales.quantization.schemes:
             for use in source.work.uses:
                 key, recipe = (use.output.file, use.output.index), use.output.planned.recipe
-                if isinstance(recipe, Encoded) and recipe.codes is Codes.WEIGHTS:
+                if isinstance(recipe, Encoded) and recipe.codes.are_weights:
                     self.plain[key] = module
                     continue
                 weight = self.weights.setdefault(key, Quantised(use.output))
@@ -128,7 +131,7 @@ class QuantisedOutput:
         found = forms.pop() if len(forms) == 1 else None
         if found is None or (recipe is None and not self.is_stored(weight)):
             return None
-        if isinstance(recipe, Encoded) and recipe.codes is Codes.INT4_WORDS:
+        if isinstance(recipe, Encoded) and recipe.codes in (Codes.INT4_WORDS, Codes.STORED_INT4_WORDS):
             return replace(found, rows_per_byte=1, words=True)
         return found
 
@@ -150,7 +153,11 @@ class QuantisedOutput:
         if (use.output.file, use.output.index) in self.plain:
             factor = self.scales.factor(module)
             assert factor is not None, f"{planned.name} takes over its factor"
+            if self.scales.is_compressed(module):
+                return self._out_of_codes(tensor, module, block, place, planned.dtype)
             return rounded(np.ascontiguousarray(values * factor[slice(*columns)]), planned.dtype)
+        if isinstance(planned.recipe, Encoded) and planned.recipe.codes.are_stored:
+            return self._stored_codes(tensor, module, block, (place[0], place[0] + block.shape[0], *columns), use)
         values = self.scales.smoothed(module, values, columns, dtype)
         row = use.row + place[0] - use.source[0]
         owner = self.owner(use.output)
@@ -160,6 +167,42 @@ class QuantisedOutput:
             return fp4_block_scales(values, self.scalar(owner.modules(row)))
         cells = (place[0], place[0] + block.shape[0], *columns)
         return packed(form.codes(values / self.spread_scales(tensor, module, owner.modules(row), values, cells)), form)
+
+    def _stored_codes(self, tensor: SourceTensor, module: ModuleName, block: Block, cells: Cells, use: Use) -> Block:
+        """Codes that the checkpoint has, as the output packs them; 0 where their scale is none."""
+        form, scheme = self.form(self.owner(use.output)), self.scales.quantization.schemes[module].scheme
+        assert form is not None, f"{use.output.planned.name} is quantised"
+        if form.grain is Grain.MODULE:
+            return block.view(np.uint8)
+        each = 2 if form.grain is Grain.BLOCK else 1  # columns in a byte
+        codes = stored_int4(block.view(np.uint8)) if each == 2 else block.view(np.uint8)
+        top, bottom, left, right = cells
+        found = no_scales(self.scales.row_amax(module, tensor)[top:bottom], scheme)
+        spread = np.repeat(found, tensor.shape[-1] * each // found.shape[1], axis=1)[:, left * each : right * each]
+        return packed(np.where(spread, np.uint8(0), codes).astype(np.uint8), form)
+
+    def _out_of_codes(
+        self, tensor: SourceTensor, module: ModuleName, block: Block, place: tuple[int, int], dtype: DType
+    ) -> Block:
+        """The weight that codes of the checkpoint stand for, with the factor of its activations."""
+        form, scheme, factor = (
+            self.scales.form(module),
+            self.scales.quantization.schemes[module].scheme,
+            self.scales.factor(module),
+        )
+        assert form is not None and factor is not None, f"{module} is quantised, with a factor"
+        each = 2 if form.grain is Grain.BLOCK else 1  # columns in a byte
+        codes = stored_int4(block.view(np.uint8)) if each == 2 else block.view(np.uint8)
+        digits = (
+            np.where(codes < 8, codes.astype(np.float32), codes.astype(np.float32) - 16)
+            if each == 2
+            else codes.view(np.int8)
+        )
+        stored = self.scales.row_amax(module, tensor)[place[0] : place[0] + len(block)]
+        scales = np.where(no_scales(stored, scheme), np.float32(0), stored_scales(stored, scheme))
+        columns = slice(place[1] * each, (place[1] + block.shape[1]) * each)
+        spread = np.repeat(scales, tensor.shape[-1] * each // stored.shape[1], axis=1)[:, columns]
+        return rounded(np.ascontiguousarray(digits.astype(np.float32) * spread * factor[columns]), dtype)
 
     def owner(self, output: OutputTensor) -> Quantised:
         """The weight that a tensor is, or is beside."""
@@ -197,7 +240,7 @@ class QuantisedOutput:
         """The scale that modules share: of the largest amax."""
         form = self.scales.form(modules[0])
         assert form is not None, f"{modules[0]} is not quantised"
-        if all(self.scales.is_compressed(module) for module in modules):
+        if form.grain is not Grain.BLOCK and all(self.scales.is_compressed(module) for module in modules):
             return single(max(self.scales.stored_scale(module) for module in modules))
         amax = np.array([max(self.scales.weight_amax(module) for module in modules)], np.float32)
         return single(scale_of(amax, form.second or form.divisor)[0])
@@ -234,6 +277,8 @@ class QuantisedOutput:
         assert form is not None, f"{weight.output.planned.name} cannot be recomputed"
         if kind is Kind.SHAPE:
             shape = weight.output.planned.view.shape
+            if self.is_stored(weight):
+                shape = (shape[0], 2 * shape[1])
             yield (0, len(shape), 0, 1), np.array(shape, np.float32)[:, None]
         elif kind is Kind.INPUT:
             yield (0, 1, 0, 1), np.array([[self._input_scale(weight)]], np.float32)
@@ -246,27 +291,39 @@ class QuantisedOutput:
                 factor = self.scales.factor(module)
                 if factor is None:
                     raise ExportError(f"{module}: the checkpoint has no factor of its activations")
-                _, _, left, right = use.source
+                each = (
+                    2 if self.is_stored(weight) and form.grain in (Grain.BLOCK, Grain.FP4) else 1
+                )  # columns in a byte
+                left, right, column = (each * place for place in (*use.source[2:], use.column))
                 number = use.row // weight.rows_per_slice
-                yield (number, number + 1, use.column, use.column + right - left), factor[None, left:right]
+                yield (number, number + 1, column, column + right - left), factor[None, left:right]
         else:
             taken = self.taken_over(weight)
             for tensor, module, use in weight.uses:
-                for cells, values in self.row_scales(tensor, use, form, self.scales.row_amax(module, tensor)):
+                scheme = self.scales.quantization.schemes[module]
+                amax = self.scales.row_amax(module, tensor)
+                stored = scheme.scheme if scheme.compressed else None
+                for cells, values in self.row_scales(tensor, use, form, amax, stored=stored):
                     yield cells, values if taken is None else values * taken[cells[0] : cells[1], None]
 
-    def row_scales(self, tensor: SourceTensor, use: Use, form: Form, amax: Float32) -> Iterator[tuple[Cells, Float32]]:
-        """Scales of rows or of blocks that belong to a use."""
+    def row_scales(
+        self, tensor: SourceTensor, use: Use, form: Form, amax: Float32, *, stored: Scheme | None = None
+    ) -> Iterator[tuple[Cells, Float32]]:
+        """Scales of rows or of blocks that belong to a use. `stored`: of codes in that scheme, not amax but scales."""
         top, bottom, left, right = use.source
         first, end, column = 0, 1, 0
         if form.grain in (Grain.BLOCK, Grain.FP4):
-            size = FP4_COLUMNS if form.grain is Grain.FP4 else tensor.shape[-1] // amax.shape[1]
-            each = form.columns_per_byte if form.grain is Grain.FP4 else 1  # FP4 by rows: the weight is stored as codes
+            each = 2 if form.grain is Grain.FP4 or stored else 1  # columns in a byte, where codes are stored
+            size = FP4_COLUMNS if form.grain is Grain.FP4 else tensor.shape[-1] * each // amax.shape[1]
             first, end, column = left * each // size, -(-right * each // size), use.column * each // size
+        elif stored:  # the columns of a training rank have a scale of their own for each row
+            first = left // (tensor.shape[-1] // amax.shape[1])
+            end = first + 1
         if form.grain is Grain.FP4:  # scales, not amax
             yield (use.row, use.row + bottom - top, column, column + end - first), amax[top:bottom, first:end]
             return
-        scales = scale_of(amax[top:bottom, first:end], form.divisor)
+        found = amax[top:bottom, first:end]
+        scales = stored_scales(found, stored) if stored else scale_of(found, form.divisor)
         yield (use.row, use.row + bottom - top, column, column + end - first), scales
 
     def taken_over(self, weight: Quantised) -> Float32 | None:

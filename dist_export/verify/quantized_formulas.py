@@ -149,6 +149,26 @@ def packed(codes: Codes8, form: Form) -> npt.NDArray[Any]:
     return packed_columns(codes) if form.columns_per_byte == 2 else codes
 
 
+def stored_scales(values: Float32, scheme: Scheme) -> Float32:
+    """Scales of a weight that is stored as codes: INT4 keeps reciprocals; 1 for what is all zero."""
+    nothing = no_scales(values, scheme)
+    safe = np.where(nothing, np.float32(1), values).astype(np.float32)
+    return np.float32(1) / safe if scheme in INT4 else safe
+
+
+def no_scales(values: Float32, scheme: Scheme) -> npt.NDArray[np.bool_]:
+    """Which of the stored numbers are of weights that are all zero."""
+    found: npt.NDArray[np.bool_] = np.isinf(values) if scheme in INT4 else values == 0
+    return found
+
+
+def stored_int4(codes: Codes8) -> Codes8:
+    """One two's complement per byte, of bytes that hold two columns, 8 added, the first in the high bits."""
+    pairs = np.stack([codes >> np.uint8(4), codes & np.uint8(15)], axis=-1)
+    result: Codes8 = (pairs.reshape(len(codes), -1) ^ np.uint8(8)) & np.uint8(15)
+    return result
+
+
 def single(value: Any) -> np.float32:
     """A number as float32."""
     result: np.float32 = np.float32(value)
@@ -161,6 +181,7 @@ def scale_of(amax: Float32, divisor: float) -> Float32:
     return result
 
 
+INT4 = (Scheme.INT4_AWQ, Scheme.W4A8_AWQ)
 _FP4 = Form(Grain.FP4, e2m1, 2688.0, second=2688.0, inputs=2688.0, columns_per_byte=2)
 FORMS: Mapping[Scheme, Form] = {
     Scheme.FP8: Form(Grain.MODULE, e4m3, 448.0, inputs=448.0),

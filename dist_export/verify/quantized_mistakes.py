@@ -116,8 +116,12 @@ def _swapped_halves(weight: Quantised) -> Quantised | None:
 
 def _as_stored(quantised: QuantisedOutput, weight: Quantised, cells: Cells, form: Form) -> Iterator[Float32]:
     for tensor, module, use in weight.uses:
-        amax = quantised.scales.row_amax(module, tensor, in_order=False)
-        for place, values in quantised.row_scales(tensor, use, form, amax):
+        amax, scheme = (
+            quantised.scales.row_amax(module, tensor, in_order=False),
+            quantised.scales.quantization.schemes[module],
+        )
+        stored = scheme.scheme if scheme.compressed else None
+        for place, values in quantised.row_scales(tensor, use, form, amax, stored=stored):
             if place == cells:
                 yield values
 
@@ -177,7 +181,7 @@ def explain_codes(
 ) -> str:
     """The first mistake that accounts for the codes of some rows, from the first that differs; empty when none does."""
     output = quantised.output.tensors[difference.tensor]
-    if not isinstance(output.planned.recipe, Encoded):
+    if not isinstance(output.planned.recipe, Encoded) or output.planned.recipe.codes.are_stored:
         return ""
     owner = quantised.owner(output)
     row, column = difference.source

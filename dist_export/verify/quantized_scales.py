@@ -172,7 +172,9 @@ def _form_faults(quantised: QuantisedOutput, weight: Quantised, form: Form, fold
     taken = quantised.taken
     planned, dtypes = weight.output.planned, _dtypes(form)
     rows, columns = planned.view.shape[-2] // form.rows_per_byte, planned.view.shape[-1]
-    columns //= 8 if form.words else 1 if quantised.is_stored(weight) else form.columns_per_byte
+    if quantised.is_stored(weight):
+        columns *= 2 if form.grain in (Grain.BLOCK, Grain.FP4) else 1
+    columns //= 8 if form.words else form.columns_per_byte
     if planned.dtype not in dtypes or planned.shape != (*planned.view.shape[:-2], rows, columns):
         yield f"is {planned.dtype} {list(planned.shape)}, which does not hold its codes"
     needed = {Kind.SCALE}

@@ -131,14 +131,17 @@ class QuantizerScales:
         """
         form = self.form(module)
         assert form is not None, f"{module} is not quantised"
-        of_blocks = form.grain is Grain.FP4  # stored as scales, in a checkpoint of codes
-        quantity, level = (Quantity.SCALE, None) if of_blocks else (Quantity.AMAX, form.level)
+        of_codes = self.is_compressed(module)  # scales, in the place of amax
+        level = None if form.grain is Grain.FP4 else form.level
+        quantity = Quantity.SCALE if of_codes else Quantity.AMAX
         found = self.quantization.tensors.find(module, Quantizer.WEIGHT, quantity, level)
         if found is None and form.grain is Grain.ROW:
             return self._measured_rows(module, weight)
         if found is None:
             raise ExportError(f"{module}: the checkpoint has no amax of {form.grain.value} of its weight")
         amax = self._read(found)
+        if of_codes and form.grain is Grain.BLOCK:
+            amax = self._blocks_by_row(amax, module)
         if in_order and self._is_gated(module):
             amax = self._gate_before_up(amax, found)
         part = weight.slab.name.rpartition(".")[2]
@@ -148,6 +151,14 @@ class QuantizerScales:
         if len(amax) != weight.shape[0]:
             raise ExportError(f"{found.slab}: {len(amax)} rows of amax for the {weight.shape[0]} of {weight.slab}")
         return amax
+
+    def _blocks_by_row(self, scales: Float32, module: ModuleName) -> Float32:
+        """``[rows, blocks]``, out of a column per training rank that has its scales row after row."""
+        rows = sum(weight.shape[0] for weight in self.weights_of(module))
+        if len(scales) % rows:
+            raise ExportError(f"{module}: {len(scales)} scales of blocks do not belong to {rows} rows")
+        by_rank = scales.reshape(rows, len(scales) // rows, -1)
+        return np.ascontiguousarray(by_rank.transpose(0, 2, 1)).reshape(rows, -1)
 
     def to_measure(self) -> list[ModuleName]:
         """Modules with one scale of which no amax is stored, in the same order everywhere."""
@@ -175,7 +186,7 @@ class QuantizerScales:
                 continue
             yield find(module, Quantizer.WEIGHT, Quantity.AMAX, form.level)
             yield find(module, Quantizer.WEIGHT, Quantity.AMAX, self._level(module))
-            yield find(module, Quantizer.WEIGHT, Quantity.SCALE)
+            yield find(module, Quantizer.WEIGHT, Quantity.SCALE, form.level)
             yield find(module, Quantizer.WEIGHT, Quantity.DOUBLE_SCALE)
             yield find(module, Quantizer.INPUT, Quantity.PRE_QUANT_SCALE)
             yield find(module, Quantizer.INPUT, Quantity.SMOOTHING)

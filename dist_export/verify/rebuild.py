@@ -17,6 +17,7 @@ from dist_export.plan.export import validate
 from dist_export.plan.work import OutputTensor, Use, flat_rectangle, flat_shape
 from dist_export.tensors.boxes import Box, partition_faults
 from dist_export.tensors.views import Slab
+from dist_export.verify.absorbed import Products
 from dist_export.verify.compare import Comparer, Difference, choose_converter
 from dist_export.verify.diagnose import Suspect, explain
 from dist_export.verify.findings import COVERAGE, REBUILD, Finding
@@ -71,7 +72,7 @@ def check_coverage(inverse: InverseRules, recorded: Mapping[str, int]) -> Covera
     for slab in inverse.catalog.slabs():
         if slab not in seen:
             faults.append(Finding(COVERAGE, "plan", f"{slab}: no rule takes it"))
-    faults += _target_faults(inverse, boxes)
+    faults += [*_target_faults(inverse, boxes), *Products(inverse).faults]
     if dict(recorded) != dict(left_out):
         message = f"records {dict(recorded)} elements left out, the rules leave out {dict(left_out)}"
         faults.append(Finding(COVERAGE, "export_manifest.json", message))
@@ -81,7 +82,7 @@ def check_coverage(inverse: InverseRules, recorded: Mapping[str, int]) -> Covera
 def _target_faults(inverse: InverseRules, boxes: Mapping[TensorId, set[Box]]) -> Iterator[Finding]:
     for key, output in inverse.output.tensors.items():
         if output.planned.is_small or (key not in boxes and output.planned.recipe is not None):
-            continue  # scales: `dist_export.verify.quantized_coverage`
+            continue  # scales: `dist_export.verify.quantized_coverage`; products: `dist_export.verify.absorbed`
         flat = flat_shape(output.planned.view.shape)
         zeros = [
             Box((r.rows[0], r.columns[0]), (r.rows[1] - r.rows[0], r.columns[1] - r.columns[0]))
@@ -237,6 +238,16 @@ class Rebuild:
             return [], 0
         comparison = ScaleComparison(self.quantised, self.reader)
         return comparison.compare(comparison.keys(self.readable, rank, world_size))
+
+    def compare_products(self, rank: int, world_size: int) -> tuple[list[Finding], int]:
+        """One rank's products of weights, which no inverse rule rebuilds: (what is wrong, bytes compared)."""
+        products, findings, total = Products(self.inverse), list[Finding](), 0
+        readable = [product for product in products.found if product.output.file in self.readable]
+        for product in readable[rank::world_size]:
+            found, num_bytes = products.compare(product, SourceReader(self.sources), self.reader)
+            findings += found
+            total += num_bytes
+        return findings, total
 
     def findings(self, comparisons: Iterable[RankComparison]) -> list[Finding]:
         """One finding per target tensor that differs, saying where and what is wrong. Called on one rank."""

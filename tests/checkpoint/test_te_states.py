@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.other_formats import write_zarr
+from support.other_formats import pack, write_zarr
 from support.quantizer_states import (
     MEGATRON_RECIPES,
     RELEASES,
@@ -26,9 +26,11 @@ from support.quantizer_states import (
 )
 from support.torch_dist import write_torch_dist
 
+from dist_export.checkpoint.archive import open_tar
 from dist_export.checkpoint.extra_state import decode_extra_state
 from dist_export.checkpoint.extra_state_records import state_records
 from dist_export.checkpoint.file_tree import FileTree
+from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.nemo_ranks import read_rank_files
 from dist_export.checkpoint.open import open_checkpoint
 from dist_export.checkpoint.quantizer_names import ModuleName
@@ -486,7 +488,8 @@ HOSTILE = {
     "a shape of text": (rebuilt(storage(3), 0, ("3",), (1,)), "not a tensor over one typed storage"),
     "a shape without strides": (rebuilt(storage(3), 0, (3,), ()), "has 1 sizes and 0 strides"),
     "another type": (pickle.dumps({"scale_fwd": torch.ones(3).double()}), "is of float64, expected float32"),
-    "no tensor": (pickle.dumps({"scale_fwd": [1.0]}), "scale_fwd is a list, expected a tensor"),
+    "no tensor": (pickle.dumps({"scale_fwd": "1.0"}), "scale_fwd is a str, expected a tensor"),
+    "no numbers": (pickle.dumps({"scale_fwd": [[1.0], 2.0]}), "scale_fwd is a list of other than numbers"),
     "no history": (pickle.dumps({"scale_fwd": torch.ones(3)}), "amax_history_fwd is a NoneType"),
     "a history of others": (
         pickle.dumps({"scale_fwd": torch.ones(3), "amax_history_fwd": torch.ones(1, 6)}),
@@ -551,13 +554,49 @@ def test_experts_of_a_rank_by_the_arguments() -> None:
 @pytest.mark.parametrize("release", ["1.13", "2.3"])
 def test_state_dict_files_of_nemo(tmp_path: Path, release: str) -> None:
     """NeMo 1: the file is the state dict; the table of its weights has no states."""
+    nemo_rank_files(tmp_path, release)
+    assert_nemo_scale(read_rank_files(FileTree.of_folder(tmp_path), NEMO_RANKS))
+
+
+@pytest.mark.parametrize("mode", ["w:", "w:gz"])
+@pytest.mark.parametrize("in_child", [False, True])
+@pytest.mark.parametrize("release", ["1.13", "2.3"])
+def test_state_dict_files_in_an_archive_of_nemo(
+    tmp_path: Path, release: str, mode: str, in_child: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offsets of states and of weights are those in the archive, or in what is decompressed of it."""
+    nemo_rank_files(tmp_path / "folder", release)
+    archive = pack(tmp_path / "folder", tmp_path / "model.nemo", mode=mode)
+    if in_child:
+        monkeypatch.setattr("dist_export.checkpoint.rank_extra_states.IN_PROCESS_BYTES", 0)
+    assert_nemo_scale(read_rank_files(open_tar(archive), NEMO_RANKS))
+
+
+NEMO_RANKS = {"num_layers": 1, "tensor_model_parallel_size": 2}
+
+
+def nemo_rank_files(folder: Path, release: str) -> None:
     weight = "model.decoder.layers.0.self_attention.linear_proj.weight"
     for rank in range(2):
-        folder = tmp_path / f"mp_rank_{rank:02d}"
-        folder.mkdir()
+        (folder / f"mp_rank_{rank:02d}").mkdir(parents=True)
         model = {weight: torch.ones(4, 2), f"model.{PROJ}": te_state(release, SCALE, HISTORY)}
-        torch.save(model, folder / "model_weights.ckpt")
-    index = read_rank_files(FileTree.of_folder(tmp_path), {"num_layers": 1, "tensor_model_parallel_size": 2})
+        torch.save(model, folder / f"mp_rank_{rank:02d}" / "model_weights.ckpt")
+
+
+def assert_nemo_scale(index: CheckpointIndex) -> None:
     ((name, scale),) = read_te_scales(index).scales.items()
     assert (str(name[0]), scale.scale) == (PROJ.removesuffix("._extra_state"), np.float32(3.7))
     assert scale.origin == f"{PROJ}/mp_rank_00"
+
+
+@pytest.mark.parametrize("release", ["0.2", "0.3"])
+def test_legacy_states_that_are_plain_lists_and_dicts(tmp_path: Path, release: str) -> None:
+    """TransformerEngine 0.1 to 0.5, whose state dict holds the tensors themselves."""
+    scale, history = (SCALE[:2], HISTORY[:, :2]) if release == "0.2" else (SCALE, HISTORY)
+    per_rank = [te_state(release, scale, history.T.contiguous().T) for _ in range(2)]
+    folder = legacy_folder(tmp_path / "c", {PROJ: per_rank})
+    ((name, found),) = read_te_scales(open_checkpoint(folder).index).scales.items()
+    assert (str(name[0]), found.scale) == (PROJ.removesuffix("._extra_state"), np.float32(3.7))
+    differing = [te_state(release, scale * (1 + rank), history) for rank in range(2)]
+    (fault,) = read_te_scales(open_checkpoint(legacy_folder(tmp_path / "d", {PROJ: differing})).index).faults
+    assert fault.problem is Problem.DIFFERS

@@ -1,4 +1,4 @@
-"""Weights that ModelOpt has stored quantised (mtq.compress): taken over as they are, or refused."""
+"""FP8 and NVFP4 weights that ModelOpt has stored quantised (mtq.compress): taken over as they are."""
 
 from __future__ import annotations
 
@@ -115,19 +115,6 @@ def test_nvfp4_is_taken_over(training_tp: int, tmp_path: Path) -> None:
             assert same(tensors[f"{head}{name}.weight"], weight.chunk(2)[rank])
 
 
-@pytest.mark.parametrize(("num_bits", "more"), [(4, {"block_sizes": {-1: 16, "type": "static"}}), (E4M3, {"axis": 0})])
-def test_other_schemes_are_refused(num_bits: Any, more: Any, tmp_path: Path) -> None:
-    """INT4 is stored in another order, with reciprocals of rounded scales."""
-    model = compressed(llama(), num_bits, **more)
-    for name in model.linears:
-        if num_bits == E4M3:
-            tokens = {-1: None, "type": "dynamic"}
-            weight = properties(E4M3, axis=0, fake_quant=False, buffers=("_amax", "_scale"))
-            model.modelopt(name, weight_quantizer=weight, input_quantizer=properties(E4M3, block_sizes=tokens))
-    with pytest.raises(ExportError, match=r"linear_fc2: its .* weight is stored quantised \(mtq.compress\)"):
-        export_quantized(model.write(tmp_path / "c"), tmp_path / "o")
-
-
 def test_scales_that_are_missing_or_no_numbers(tmp_path: Path) -> None:
     model = fp8_weights()
     key = "decoder.layers.0.mlp.linear_fc2.weight_quantizer._scale"
@@ -144,6 +131,13 @@ def test_weights_that_are_not_what_their_state_says(tmp_path: Path) -> None:
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     model.tensors[name] = model.tensors[name].to(torch.bfloat16)
     with pytest.raises(ExportError, match=r"its weight is stored as bfloat16, expected float8_e4m3fn codes"):
+        export_quantized(model.write(tmp_path / "c"), tmp_path / "o")
+
+
+def test_codes_that_are_no_numbers(tmp_path: Path) -> None:
+    model = fp8_weights()
+    model.weight("1.mlp.linear_fc2").view(torch.uint8)[3, 7] = 0x7F
+    with pytest.raises(ExportError, match=r"layers.1.mlp.proj.weight: holds NaN codes"):
         export_quantized(model.write(tmp_path / "c"), tmp_path / "o")
 
 

@@ -160,7 +160,8 @@ def test_int4_without_a_gate(tmp_path: Path) -> None:
 
 
 def test_nvfp4_with_factors(tmp_path: Path) -> None:
-    """Its scales of blocks take no factor, which ModelOpt's layout has a place for and vLLM does not read."""
+    """Its scales of blocks take no factor, which ModelOpt's layout has a place for and vLLM does not read: TensorRT-LLM
+    does, as a calibration recipe of NVFP4 (tensorrt_llm/_torch/modules/linear.py, NVFP4LinearMethod)."""
     model = llama()
     kind = properties((2, 1), block_sizes={-1: 16, "type": "dynamic", "scale_bits": (4, 3)})
     for name in model.linears:
@@ -178,8 +179,22 @@ def test_nvfp4_with_factors(tmp_path: Path) -> None:
     assert torch.equal(ours["model.layers.0.mlp.down_proj.weight"], weight * 2)
     norm = model.tensors["decoder.layers.0.mlp.linear_fc1.layer_norm_weight"]
     assert torch.equal(ours["model.layers.0.post_attention_layernorm.weight"], norm * 2)
-    with pytest.raises(ExportError, match="no runtime reads NVFP4_AWQ"):
-        exported(checkpoint, tmp_path / "b", "modelopt")
+    theirs, config = exported(checkpoint, tmp_path / "b", "modelopt")
+    assert config["quant_algo"] == "NVFP4_AWQ"
+    table = json.loads((tmp_path / "b" / "hf_quant_config.json").read_text())["quantization"]
+    assert {name: table[name] for name in ("quant_algo", "group_size", "has_zero_point", "pre_quant_scale")} == {
+        "quant_algo": "NVFP4_AWQ",
+        "group_size": 16,
+        "has_zero_point": False,
+        "pre_quant_scale": True,
+    }
+    explicit = {name for name in theirs if name.endswith("pre_quant_scale")}
+    assert explicit == {f"model.layers.{n}.{name}.pre_quant_scale" for n in range(2) for name in kept}
+    factor = theirs["model.layers.0.mlp.down_proj.pre_quant_scale"]
+    assert torch.equal(factor, torch.full((128,), 2.0, dtype=torch.bfloat16))
+    head = "model.layers.0.mlp.gate_proj."
+    assert torch.equal(theirs[f"{head}weight"], ours[f"{head}weight_packed"])
+    assert torch.equal(theirs["model.layers.0.post_attention_layernorm.weight"], norm * 2)
 
 
 def test_w4a8_is_of_tensorrt_llm_alone(tmp_path: Path) -> None:

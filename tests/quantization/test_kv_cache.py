@@ -31,9 +31,7 @@ def calibration(path: Path, **amax: float) -> Path:
     """A calibration file: ``k`` and ``v`` of layer 0, ten times as much of layer 1."""
     name = "decoder.layers.{}.self_attention.core_attention.{}_bmm_quantizer._amax"
     tensors = {
-        name.format(layer, part): torch.tensor(value * 10**layer)
-        for part, value in amax.items()
-        for layer in range(2)
+        name.format(layer, part): torch.tensor(value * 10**layer) for part, value in amax.items() for layer in range(2)
     }
     save_file(tensors, path)
     return path

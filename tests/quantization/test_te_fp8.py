@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.exports import config_of, run_command, tensors_of
+from support.other_formats import pack, write_nemo_folder
 from support.quantizable import export_quantized, fp8_codes, llama, mixtral, same
 from support.quantizer_states import RELEASES, split_state, te_state
+from support.small_models import LLAMA, small_model
 from support.torch_dist import megatron_chunks
 
 from dist_export.errors import ExportError
@@ -249,3 +251,21 @@ def test_patterns_that_match_nothing(tmp_path: Path) -> None:
         export_quantized(checkpoint, tmp_path / "o", algorithm="fp8", exclude=("layers.0.*",))
     with pytest.raises(ExportError, match=r"--te-version new: expected a release like 2.1"):
         export_quantized(checkpoint, tmp_path / "o", algorithm="fp8", te_version="new")
+
+
+@pytest.mark.parametrize("mode", ["w:", "w:gz"])
+def test_rank_files_in_an_archive_of_nemo(mode: str, tmp_path: Path) -> None:
+    """A ``.nemo`` of NeMo 1 exports as the folder that it was."""
+    model = small_model(LLAMA, num_layers=2, scale=0.1, ffn_hidden_size=128)
+    folder = write_nemo_folder(tmp_path / "folder", model)
+    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in model.per_layer().items()}
+    for name in [name for name in state if ".linear_" in name and name.endswith(".weight")]:
+        scale = torch.tensor([100.0, 3.0, 1.0])
+        state[f"{name.removesuffix('weight')}_extra_state"] = te_state("1.13", scale, torch.ones(2, 3))
+    torch.save(state, folder / "model_weights.ckpt")
+    archive = pack(folder, tmp_path / "model.nemo", mode=mode)
+    outputs = [export_quantized(each, tmp_path / f"{each.name}.out", algorithm="fp8") for each in (folder, archive)]
+    one, other = ((output / "rank0.safetensors").read_bytes() for output in outputs)
+    assert one == other
+    head = "transformer.layers.1.mlp.proj."
+    assert tensors_of(outputs[1] / "rank0.safetensors")[f"{head}activation_scaling_factor"] == torch.tensor([0.01])

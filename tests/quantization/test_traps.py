@@ -115,18 +115,25 @@ def test_trap_4_a_history_of_zeros(tmp_path: Path) -> None:
 
 
 def test_trap_5_compressed_int4_looks_like_awq(tmp_path: Path) -> None:
-    """Its scales are reciprocals, its codes have 8 added, and two columns share a byte: refused, not passed on."""
+    """Its scales are reciprocals, its codes have 8 added, and two columns share a byte: put in order, not passed on.
+
+    All kinds of codes and training ranks: test_stored_codes.py.
+    """
     model = awq(large(), torch.ones(128, dtype=torch.bfloat16))
     for name in model.linears:
         weight, key = model.weight(name), f"decoder.layers.{name}.weight_quantizer."
-        model.tensors[f"{key}_scale"] = 7 / weight.abs().amax(1, keepdim=True)
-        model.tensors[f"decoder.layers.{name}.weight"] = torch.zeros((len(weight), 64), dtype=torch.uint8)
+        model.tensors[f"{key}_scale"] = torch.full((len(weight), 1), 4.0, dtype=torch.bfloat16)  # 7 / amax: 1/4
+        packed = torch.full((len(weight), 64), 0x9F, dtype=torch.uint8)  # 1 in even columns, 7 in odd ones
+        model.tensors[f"decoder.layers.{name}.weight"] = packed
         blocks, buffers = {-1: 128, "type": "static"}, ("_amax", "_scale")
         quantizer = properties(4, block_sizes=blocks, fake_quant=False, buffers=buffers)
         state = modelopt_state({"weight_quantizer": quantizer}, modelopt_q_tensor_state={"weight": {}})
         model.objects[f"decoder.layers.{name}._extra_state/shard_0_1"] = [state]
-    with pytest.raises(ExportError, match=r"W4A16_AWQ weight is stored quantised \(mtq.compress\)"):
-        export_quantized(model.write(tmp_path / "c"), tmp_path / "o")
+    tensors = tensors_of(export_quantized(model.write(tmp_path / "c"), tmp_path / "o") / "rank0.safetensors")
+    codes, head = tensors["transformer.layers.0.attention.dense.weight"], "transformer.layers.0.attention.dense."
+    assert codes[:, 0::2].eq(0x11).all()
+    assert codes[:, 1::2].eq(0x77).all()
+    assert tensors[f"{head}weights_scaling_factor"].eq(0.25).all()
 
 
 def test_trap_6_the_norms_own_quantiser(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dist_export.models.quantization import Quantization, kv_module
 from dist_export.plan.quantize import FP4, FP8_MAX, Dialect, LinearQuantizer, Role
 from dist_export.plan.recipes import Codes, Constant, Encoded, Factors, Folded, Recipe, Scalars, Stored
 from dist_export.plan.shard import PlannedTensor, Resolved
-from dist_export.tensors.dtypes import FLOAT32, INT32, INT64, dtype_by_name
+from dist_export.tensors.dtypes import FLOAT32, INT32, INT64, UINT8, dtype_by_name
 from dist_export.tensors.views import View
 
 _SCALES = {Role.WEIGHT_SCALE: "weight_scale", Role.ROW_SCALE: "weight_scale", Role.INPUT_SCALE: "input_scale"}
@@ -88,12 +88,16 @@ class CompressedTensorsQuantizer:
         if self.keeps_precision(module):
             factor = self._factor(module)
             assert factor is not None, "its factor has no place"
+            if self.quantization.schemes[module].compressed:
+                plain = _out_of_codes(planned, linear.tensors(planned, resolved), factor)
+                return [plain, *kv_cache_tensors(planned, resolved, self.quantization)]
             smoothed = self.quantization.smoothing(module) is None
             plain = replace(planned, recipe=Encoded(Codes.WEIGHTS, factor)) if smoothed else planned
             return [plain, *kv_cache_tensors(planned, resolved, self.quantization)]
         made = [self._in_format(each, planned, scheme, taken) for each in linear.tensors(planned, resolved)]
         if scheme is Scheme.INT4_AWQ:
-            shape = Constant(planned.view.shape, (2,))
+            rows, columns = planned.view.shape
+            shape = Constant((rows, columns * (2 if planned.source_dtype == UINT8 else 1)), (2,))
             name = planned.name.removesuffix("weight") + "weight_shape"
             made.append(PlannedTensor(name, INT64, View.zeros((2,)), INT64, (), recipe=shape))
         return made
@@ -168,13 +172,26 @@ class CompressedTensorsQuantizer:
             made = replace(made, name=made.name.removesuffix("weight") + "weight_packed")
             if scheme is Scheme.INT4_AWQ:
                 assert isinstance(recipe, Encoded)
-                made = replace(made, recipe=replace(recipe, codes=Codes.INT4_WORDS))
+                words = Codes.STORED_INT4_WORDS if recipe.codes.are_stored else Codes.INT4_WORDS
+                made = replace(made, recipe=replace(recipe, codes=words))
         elif isinstance(recipe, Stored):
             dtype = planned.dtype if scheme is Scheme.INT4_AWQ else made.dtype
             made = replace(made, dtype=dtype, recipe=replace(recipe, squeezed=False, times=taken))
         elif isinstance(recipe, Scalars) and scheme in FP4 and not made.name.endswith(("k_scale", "v_scale")):
             made = replace(made, recipe=replace(recipe, reciprocal=True))
         return made
+
+
+def _out_of_codes(planned: PlannedTensor, made: list[PlannedTensor], factor: Factors) -> PlannedTensor:
+    """The weight that stored codes stand for, with the factor of its activations."""
+    recipe = made[0].recipe
+    kinds = {Codes.STORED_INT4: Codes.WEIGHTS_OF_INT4, Codes.STORED_INT8: Codes.WEIGHTS_OF_INT8}
+    if not isinstance(recipe, Encoded) or recipe.codes not in kinds:
+        raise ExportError(
+            "the factor of its activations has no place in compressed-tensors, and its weight is stored as codes of "
+            "another kind than INT4 and INT8; give --hf-quantization-format modelopt"
+        )
+    return replace(planned, recipe=Encoded(kinds[recipe.codes], recipe.scales, factors=factor))
 
 
 def config_entry(quantization: Quantization, scheme: Scheme, ignored: list[str], group_size: int) -> dict[str, object]:

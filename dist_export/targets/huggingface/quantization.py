@@ -32,13 +32,15 @@ _ALL = {
 }
 SCHEMES = (
     *(Scheme.FP8, Scheme.FP8_PER_CHANNEL_PER_TOKEN, Scheme.INT4_AWQ, Scheme.W4A8_AWQ),
-    *(Scheme.NVFP4, Scheme.W4A16_NVFP4),
+    *(Scheme.NVFP4, Scheme.NVFP4_AWQ, Scheme.W4A16_NVFP4),
 )
+_WITH_FACTORS = (*AWQ, Scheme.NVFP4_AWQ)
+"""Of these the runtime multiplies the inputs of attention's output and of down (``load_weights_vanilla``)."""
 
 
 def _folds_factor(scheme: Scheme, logical: str) -> bool:
     """With AWQ the norm takes over the factor of qkv and of gate and up: the runtimes have no place for it there."""
-    return scheme in AWQ and logical in ("attention.query.weight", "mlp.gate.weight", "mlp.up.weight")
+    return scheme in _WITH_FACTORS and logical in ("attention.query.weight", "mlp.gate.weight", "mlp.up.weight")
 
 
 def kv_cache_tensors(planned: PlannedTensor, resolved: Resolved, quantization: Quantization) -> Iterator[PlannedTensor]:
@@ -66,7 +68,7 @@ DIALECT = Dialect(
 MODELOPT, COMPRESSED_TENSORS, AUTO = "modelopt", "compressed-tensors", "auto"
 _FOR_VLLM = (Scheme.NONE, Scheme.INT8_SQ, Scheme.INT4_AWQ, Scheme.NVFP4_AWQ)
 """What vLLM reads as compressed-tensors only (vllm/model_executor/layers/quantization/modelopt.py, QUANT_ALGOS)."""
-_FOR_TENSORRT_LLM = (Scheme.NONE, Scheme.INT4_AWQ, Scheme.W4A8_AWQ)
+_FOR_TENSORRT_LLM = (Scheme.NONE, Scheme.INT4_AWQ, Scheme.W4A8_AWQ, Scheme.NVFP4_AWQ)
 """What only TensorRT-LLM's PyTorch backend reads in ModelOpt's layout."""
 
 
@@ -86,6 +88,8 @@ def chosen_format(quantization: Quantization, wanted: str) -> str:
         raise ExportError(f"compressed-tensors has no form for {scheme.value}; {_hint(scheme)}")
     if wanted == MODELOPT and scheme is not Scheme.NONE and scheme not in SCHEMES:
         raise ExportError(f"no runtime reads {scheme.value} in ModelOpt's Hugging Face layout; {_hint(scheme)}")
+    if wanted == MODELOPT and scheme is Scheme.NVFP4_AWQ and any("{expert}" in m.pattern for m in quantization.schemes):
+        raise ExportError("no runtime is known to read the factors of experts' activations beside NVFP4 weights")
     return wanted
 
 
@@ -131,10 +135,18 @@ def notes_of(quantization: Quantization, layout: str) -> tuple[str, ...]:
     )
 
 
-def served_by(quantization: Quantization | None, layout: str) -> str:
-    """The command to go on with."""
-    only = quantization is not None and layout == MODELOPT and _one_scheme(quantization) in _FOR_TENSORRT_LLM
-    return "trtllm-serve {output}" if only else "vllm serve {output}"
+VLLM = "vllm serve {output}"
+SGLANG = "python -m sglang.launch_server --model-path {output}"
+TENSORRT_LLM = "trtllm-serve {output} --backend pytorch"
+
+
+def served_by(quantization: Quantization | None, layout: str) -> tuple[str, ...]:
+    """The commands that read a folder of the layout, the first to go on with."""
+    if quantization is None:
+        return VLLM, SGLANG, TENSORRT_LLM
+    if layout == COMPRESSED_TENSORS:
+        return VLLM, SGLANG
+    return (TENSORRT_LLM,) if _one_scheme(quantization) in _FOR_TENSORRT_LLM else (VLLM, SGLANG, TENSORRT_LLM)
 
 
 EMBEDDING = "model.embed_tokens"
@@ -207,8 +219,9 @@ def quant_config(
     }
     if scheme in FP4:
         table["group_size"] = 16
-    if scheme in AWQ:
-        table |= {"group_size": _group_size(quantization), "has_zero_point": False, "pre_quant_scale": True}
+    if scheme in _WITH_FACTORS:
+        size = 16 if scheme in FP4 else _group_size(quantization)
+        table |= {"group_size": size, "has_zero_point": False, "pre_quant_scale": True}
     table["exclude_modules"] = ignored
     if layers:
         table["quantized_layers"] = dict(layers)

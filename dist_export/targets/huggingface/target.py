@@ -128,7 +128,8 @@ def plan_export(
         more_documents=documents,
         copies=copies,
         options=asdict(options),
-        facts={"layout": "Hugging Face folder", "next": quantized.served_by(quantization, form)},
+        facts={"layout": "Hugging Face folder"},
+        serve=quantized.served_by(quantization, form),
         notes=notes,
     )
 
