@@ -18,8 +18,9 @@ import torch
 
 from dist_export import api, texts
 from dist_export.errors import ExportError
-from dist_export.generate import GenerationOptions, generate, tokenizer_of
+from dist_export.generate import generate, tokenizer_of
 from dist_export.generate_runners import Runner, open_checkpoint_model, open_export
+from dist_export.generation_options import GenerationOptions
 from dist_export.runtime import exit_codes
 from dist_export.texts import Sample
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,8 @@ from dist_export import texts
 from dist_export.errors import ExportError
 from dist_export.generate_engine import generate_with_engine, is_engine
 from dist_export.generate_runners import Runner, open_export
+from dist_export.generation_options import GenerationOptions
 from dist_export.runtime import exit_codes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
-    """How to continue."""
-
-    max_new_tokens: int = 16
-    temperature: float = 0.0
-    """0: the likeliest token, of equal ones the first."""
-    seed: int = 0
-    stop_token: int | None = None
 
 
 def generate(runner: Runner, prompt: Sequence[int], options: GenerationOptions) -> list[int]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_export.errors import ExportError
-
-if TYPE_CHECKING:
-    from dist_export.generate import GenerationOptions
+from dist_export.generation_options import GenerationOptions
 
 
 def is_engine(folder: Path) -> bool:
@@ -42,7 +40,9 @@ def generate_with_engine(
     end = -1 if options.stop_token is None else options.stop_token
     found = []
     for prompt in prompts:
-        sampling = {"top_k": 1} if options.temperature == 0 else {"temperature": options.temperature, "top_k": 0}
+        # Of both zero (top_p is where nothing is said) the sampling kernels make the likeliest token.
+        drawn = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {"top_k": 1} if options.temperature == 0 else drawn
         output = runner.generate(
             [torch.tensor(prompt, dtype=torch.int32)],
             max_new_tokens=options.max_new_tokens,

@@ -9,8 +9,9 @@ from dist_export.arguments import positive
 
 SCHEMES = ("fp8", "int8_sq", "int4_awq", "nvfp4")
 CALIBRATE = """Post-training quantisation with NVIDIA ModelOpt: runs texts through the checkpoint's model, which
-Megatron-Core builds in this one process (tp 1, pp 1: the whole model must fit), and keeps what its quantisers saw in a
-small safetensors file for `dist-export export --quantization SCHEME --calibration FILE`. Any checkpoint layout will do.
+Megatron-Core builds, and keeps what its quantisers saw in a small safetensors file for `dist-export export
+--quantization SCHEME --calibration FILE`. Any checkpoint layout will do. A model that does not fit one process is held
+by several: `torchrun --nproc-per-node 8 -m dist_export calibrate … --tp 4 --pp 2`, with --device cuda a GPU each.
 Scales of the KV cache are not calibrated here: ModelOpt finds them in TransformerEngine's attention only, which needs a
 GPU; give the export --kv-cache-scale, or a checkpoint that ModelOpt calibrated there."""
 
@@ -39,6 +40,10 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=positive, default=512, metavar="N", help="of a text, default 512")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="texts of one length at a time")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    layout = parser.add_argument_group("layout of the model under torchrun, srun or mpirun",
+                                       "tp x pp processes; default: the checkpoint's own, else what fits")  # fmt: skip
+    layout.add_argument("--tp", type=positive, metavar="N", help="tensor-parallel size")
+    layout.add_argument("--pp", type=positive, metavar="N", help="pipeline-parallel size")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     _add_model_arguments(parser)
 

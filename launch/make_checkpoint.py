@@ -164,6 +164,8 @@ def start_processes(options: argparse.Namespace) -> None:
     `options` are resolved.
     """
     import megatron_on_cpu
+
+    megatron_on_cpu.hide_gpus()
     import torch
     from megatron.core.models.gpt import GPTModel  # noqa: F401  imported before the fork
     from torch.multiprocessing.spawn import start_processes as fork
@@ -197,6 +199,9 @@ def run_rank(rank: int, num_processes: int, rendezvous: str, options: argparse.N
 
 def main() -> None:
     """Check what is installed, then be a rank of torchrun's or start the ranks."""
+    import megatron_on_cpu
+
+    megatron_on_cpu.hide_gpus()
     parser = build_parser()
     options = parser.parse_args()
     # Without psutil megatron-core's writer hangs instead of failing.

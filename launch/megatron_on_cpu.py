@@ -1,27 +1,22 @@
 """Build and save real Megatron-Core models on a CPU with gloo: no GPU, no TransformerEngine.
 
-Import this module before anything of torch or Megatron: it hides the GPUs and silences third-party warnings.
+Programs call `hide_gpus` before they import torch or Megatron. The stand-ins for CUDA calls are the product's own
+(`dist_export.verify.megatron_environment`). Importing this module imports nothing and changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import logging
 import math
 import os
 import queue
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-warnings.simplefilter("ignore")
-logging.disable(logging.WARNING)
-
-import torch  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -52,56 +47,35 @@ STYLES = {
 }
 
 
-class _NoRngTracker:
-    """Stands in for the tracker of CUDA random states: weights are filled afterwards, so nothing is drawn."""
+def hide_gpus() -> None:
+    """Hide the GPUs from this process and silence third-party warnings. Called first of all."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
-    def fork(self, *_: object) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+
+_FOR_GOOD = contextlib.ExitStack()
+"""Keeps what `substitute_cuda` replaced from being put back."""
 
 
 def substitute_cuda() -> None:
     """Replace the CUDA calls Megatron-Core makes while building and saving a model. Call once per process."""
-    from megatron.core import tensor_parallel
+    hide_gpus()
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer.moe import experts
 
-    _substitute_attention()
-    on_cpu: dict[str, Any] = {
-        "current_device": lambda: "cpu",
-        "synchronize": lambda *_: None,
-        "Stream": lambda *_, **__: None,
-        "get_device_capability": lambda *_: (9, 0),
-    }
-    for name, stand_in in on_cpu.items():
-        setattr(torch.cuda, name, stand_in)
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
-    for module in (random, tensor_parallel, layers):
-        module.get_cuda_rng_tracker = lambda *_, **__: _NoRngTracker()
+    from dist_export.verify.megatron_environment import cuda_on_cpu
+    from dist_export.verify.megatron_layers import latent_attention_on_cpu
+
+    _FOR_GOOD.enter_context(cuda_on_cpu())
+    _FOR_GOOD.enter_context(latent_attention_on_cpu())
     # The kernels of GroupedMLP are only needed to compute.
     experts.gg.assert_grouped_gemm_is_available = lambda: None
     # Otherwise every rank starts an interpreter, which imports all of this again, for a queue that a synchronous
     # save fills and empties itself.
     filesystem_async._results_queue = queue.Queue()
-
-
-def _substitute_attention() -> None:
-    """Let multi-latent attention be built without TransformerEngine: it names two of its classes, and gives its core
-    the head sizes as only TransformerEngine's takes them."""
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    for name in ("TELinear", "TEColumnParallelLinear", "Linear"):
-        if not isinstance(getattr(multi_latent_attention, name, None), type):
-            setattr(multi_latent_attention, name, type(name, (), {}))
-    build = DotProductAttention.__init__
-    if not hasattr(build, "__wrapped__"):
-
-        @functools.wraps(build)
-        def without_sizes(*args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
-            build(*args, **kwargs)
-
-        DotProductAttention.__init__ = without_sizes
 
 
 def num_ranks(options: argparse.Namespace) -> int:
@@ -114,6 +88,8 @@ def start_model_parallel(options: argparse.Namespace) -> None:
 
     Called by every rank after init_process_group. Raises ValueError when the ranks are no multiple of `num_ranks`.
     """
+    import torch
+
     num_processes, fewest = torch.distributed.get_world_size(), num_ranks(options)
     if num_processes % fewest:
         experts = f" x ep {options.ep}, expert tp {options.etp}" if options.ep * options.etp > options.tp else ""
@@ -133,6 +109,7 @@ def start_model_parallel(options: argparse.Namespace) -> None:
 
 def transformer_config(options: argparse.Namespace, style: Style) -> Any:
     """Megatron-Core's configuration of the model; every fusion that needs a GPU is off."""
+    import torch
     from megatron.core.activations import squared_relu
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
@@ -229,6 +206,7 @@ def build_chunks(options: argparse.Namespace, style: Style) -> list[Any]:
 
 def build_gpt(options: argparse.Namespace, style: Style, vp_stage: int | None) -> Any:
     """One chunk of a GPTModel in `options.dtype`. Called by every rank."""
+    import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec

@@ -105,8 +105,8 @@ def test_rouge_of_a_right_summary(exports: Path) -> None:
     """A model that answers with the reference scores 1."""
     pytest.importorskip("rouge_score")
     from dist_export.evaluate import rouge
-    from dist_export.generate import GenerationOptions
     from dist_export.generate_runners import Runner
+    from dist_export.generation_options import GenerationOptions
     from dist_export.texts import Sample, load_tokenizer
 
     tokenizer = load_tokenizer(exports / "tokenizer")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import model_runner
 from support.tokenizers import save_tokenizer
 
 from dist_export.cli import main
@@ -111,6 +113,47 @@ def test_engines_need_tensorrt_llm(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "rank0.engine").touch()
     assert main(["generate", str(tmp_path), "--tokens", "1"]) == 2
     assert "TensorRT-LLM, which is not installed here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("release", model_runner.RELEASES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_engine_is_called_as_it_takes_it(
+    release: str,
+    temperature: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No engine runs here: a stand-in with the parameters of TensorRT-LLM's own ModelRunner, recorded from its public
+    source, takes the calls. What it proves are the calls and what is made of the answer, not the tokens."""
+    runner = model_runner.StandIn(release, [7, 8, 3, 9])
+    for name, module in runner.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "rank0.engine").touch()
+    asked = ["--tokens", "1 2", "--tokens", "5", "--max-new-tokens", "6", "--stop-token", "3", "--seed", "4", "--json"]
+    assert main(["generate", str(tmp_path), *asked, "--temperature", str(temperature)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["runner"] == "TensorRT-LLM engine"
+    assert [each["new_tokens"] for each in found["results"]] == [[7, 8], [7, 8]]
+    (opened, (_, call), _) = runner.calls
+    assert opened == ("from_dir", {"engine_dir": str(tmp_path), "rank": 0})
+    sampling = {"top_k": 1} if temperature == 0 else {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+    fixed = {"max_new_tokens": 6, "end_id": 3, "pad_id": 3, "random_seed": 4}
+    assert call["kwargs"] == fixed | sampling
+
+
+def test_other_ranks_of_an_engine_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every rank of mpirun runs the engine (here the stand-in), rank 0 prints."""
+    runner = model_runner.StandIn(model_runner.RELEASES[0], [7], rank=1)
+    for name, module in runner.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "rank0.engine").touch()
+    assert main(["generate", str(tmp_path), "--tokens", "1"]) == 0
+    assert capsys.readouterr().out == ""
+    assert runner.calls[0] == ("from_dir", {"engine_dir": str(tmp_path), "rank": 1})
+    assert runner.calls[1][1]["kwargs"]["end_id"] == -1
 
 
 @pytest.mark.parametrize("target", ["trtllm", "hf"])

@@ -253,7 +253,8 @@ def verify_logits(
             f"{ids.shape[1]} tokens are more than a window of {config.window_size}, of which a TensorRT-LLM checkpoint "
             "does not know; give fewer"
         )
-    from dist_export.verify.megatron_adapter import Rounding, run_megatron
+    from dist_export.verify.megatron_adapter import run_megatron
+    from dist_export.verify.megatron_weights import Rounding
 
     if kind == "trtllm":
         from dist_export.verify.trtllm_interpreter import run_trtllm as run

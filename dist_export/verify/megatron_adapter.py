@@ -1,9 +1,8 @@
-"""Reference logits from Megatron-Core's own GPTModel, built from a model configuration and filled from the checkpoint.
+"""Megatron-Core's own GPTModel, built from a model configuration and filled from the checkpoint: its logits, to compare
+an export's with, and the model itself, whole or over tensor- and pipeline-parallel ranks.
 
-Which stored tensor fills which parameter is Megatron's word (`sharded_state_dict`), so nothing of the exporter's rules
-is shared; with it only the chunk table is, which says for every format what its tensors are and where they lie. The
-model runs on the CPU with the local layer spec. Its layers are filled just before they run and emptied afterwards: one
-layer's weights are in memory at a time.
+It has the local layer spec and runs on the CPU, or on GPUs. For logits its layers are filled just before they run and
+emptied afterwards: one layer's weights are in memory at a time.
 
 Importing this module imports torch; megatron-core is imported when it runs.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,34 +20,13 @@ from torch.nn import functional
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import Faults
 from dist_export.models.config import ModelConfig
-from dist_export.tensors.boxes import Box
 from dist_export.verify import megatron_experts as experts
 from dist_export.verify import megatron_layers as variants
 from dist_export.verify import trace as at
-from dist_export.verify.megatron_environment import megatron_on_cpu
+from dist_export.verify.megatron_environment import ONE, Ranks, megatron_on_cpu
+from dist_export.verify.megatron_weights import ParameterSource, Read, Rounding, Weights, parameter_sources
 from dist_export.verify.records import read_box
 from dist_export.verify.trace import Point, Trace
-
-_OTHER_NAMES = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-    "decoder.final_layernorm.": "decoder.final_norm.",
-}
-"""Keys of the fused layer spec -> what specs without fusion and older releases write."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How an export rounds the checkpoint's weights."""
-
-    dtype: torch.dtype
-    """Element type of the export."""
-    stores_one: bool = False
-    """Zero-centred norm weights are stored with their one added, in the checkpoint's element type."""
-    keeps_router: bool = False
-    """Routers are exported in float32."""
-    qk_norm_epsilon: float | None = None
-    """Of the consumer's norms of queries and keys, where it is its own."""
 
 
 def run_megatron(
@@ -73,8 +50,8 @@ def run_megatron(
         model = _build(config, dtype)
         if rounding is not None and rounding.qk_norm_epsilon is not None:
             _set_qk_norm_epsilon(model, rounding.qk_norm_epsilon)
-        weights = _Weights(index, _sources(model, index), config, rounding)
-        weights.stream_layers(model)
+        read = functools.partial(read_box, index)
+        Weights(parameter_sources(model, index), config, read, rounding=rounding).stream_layers(model)
         trace = Trace()
         _watch(model, trace, config)
         length = tokens.shape[1]
@@ -93,11 +70,33 @@ def loaded_model(
 
     Called in one process, which must not have a torch process group of its own. Raises as `run_megatron` does.
     """
+    with loaded_stage(index, config, dtype=dtype, read=functools.partial(read_box, index), device=device) as (model, _):
+        yield model
+
+
+@contextlib.contextmanager
+def loaded_stage(
+    index: CheckpointIndex,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    read: Read,
+    device: str = "cpu",
+    ranks: Ranks = ONE,
+    together: Callable[[set[str]], set[str]] = lambda keys: keys,
+) -> Iterator[tuple[Any, Mapping[str, ParameterSource]]]:
+    """This rank's tensor-parallel part of its pipeline stage of the checkpoint's GPTModel, with all its weights on
+    `device`, and where the checkpoint has them; to be run by `forward_stage` within the context.
+
+    `read` is asked for what this rank holds and nothing else; `together` as of `parameter_sources`. All ranks call it,
+    none of which has a torch process group. Raises as `run_megatron` does.
+    """
     _check_supported(config, 1)
-    with megatron_on_cpu(on_gpu=device != "cpu"):
-        model = _build(config, dtype)
-        _Weights(index, _sources(model, index), config, None).fill_all(model)
-        yield model.to(device)
+    with megatron_on_cpu(ranks, on_gpu=device != "cpu"):
+        model = _build(config, dtype, ranks)
+        sources = parameter_sources(model, index, together=together)
+        Weights(sources, config, read).fill_all(model)
+        yield model.to(device), sources
 
 
 def forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -107,6 +106,22 @@ def forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(tokens.to(device), torch.arange(length, device=device).expand(tokens.shape), mask)
     return logits
+
+
+def forward_stage(model: Any, tokens: torch.Tensor) -> None:
+    """Run token ids [batch, position] through all stages, each rank its own: hidden states go from stage to stage."""
+    from megatron.core import parallel_state
+
+    batch, length = tokens.shape
+    parameter = next(model.parameters())
+    if not model.pre_process:
+        states = torch.empty(length, batch, model.config.hidden_size, dtype=parameter.dtype, device=parameter.device)
+        torch.distributed.recv(states, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(states)
+    output = forward(model, tokens)
+    if not model.post_process:
+        assert output.dtype == parameter.dtype, f"a stage gives {output.dtype}, its weights are {parameter.dtype}"
+        torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
 
 
 def _check_supported(config: ModelConfig, num_positions: int) -> None:
@@ -137,7 +152,7 @@ def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return functions[name]
 
 
-def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
+def _transformer_config(config: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
     return variants.config_class(config)(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -163,6 +178,9 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
         attention_dropout=0.0,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        tensor_model_parallel_size=ranks.tp,
+        pipeline_model_parallel_size=ranks.pp,
+        num_layers_in_last_pipeline_stage=ranks.layers_of_last_stage(config.num_layers),
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu_initialization=True,
@@ -176,20 +194,22 @@ def _transformer_config(config: ModelConfig, dtype: torch.dtype) -> Any:
     )
 
 
-def _build(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """A GPTModel whose parameters have shapes and no storage."""
+def _build(config: ModelConfig, dtype: torch.dtype, ranks: Ranks = ONE) -> Any:
+    """This rank's part of a GPTModel, whose parameters have shapes and no storage."""
     from megatron.core.models.gpt import GPTModel
 
     from dist_export.verify.megatron_modules import add_scaling_and_capping, layer_spec
 
     scaling = config.rope_scaling
-    transformer_config = _transformer_config(config, dtype)
+    transformer_config = _transformer_config(config, dtype, ranks)
     with torch.device("meta"):
         model = GPTModel(
             config=transformer_config,
             transformer_layer_spec=variants.block_spec(transformer_config, config) or layer_spec(config),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.max_position_embeddings,
+            pre_process=ranks.is_first_stage,
+            post_process=ranks.is_last_stage,
             share_embeddings_and_output_weights=config.tied_embeddings,
             position_embedding_type=variants.add_yarn(transformer_config, config),
             rotary_percent=config.rotary_percent,
@@ -213,109 +233,6 @@ def _set_qk_norm_epsilon(model: Any, epsilon: float) -> None:
     for layer in model.decoder.layers:
         for norm in (layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
             norm.eps = epsilon
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A parameter: the boxes of the checkpoint's tensors that it is put together from, in Megatron's order."""
-
-    parts: tuple[tuple[str, Box], ...]
-    merge: Callable[[list[torch.Tensor]], torch.Tensor]
-
-
-def _sources(model: Any, index: CheckpointIndex) -> dict[str, _Source]:
-    """Parameter name -> where the checkpoint has it, by Megatron's sharded state dict. Nothing may be left over."""
-    names = {name for name in index.tensors if not name.startswith("mtp.")}  # further tokens are not predicted here
-    layout = {
-        "non_homogeneous_layers": any(name.startswith("decoder.layers.0.") for name in names),
-        "singleton_local_shards": any(name.endswith("linear_fc1.weight_w") for name in names),
-    }
-    state = model.sharded_state_dict(metadata=layout)
-    stored = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in state]
-    sources = {name: _source(state[name], names) for name in stored}
-    needed = {key for source in sources.values() for key, _ in source.parts}
-    faults = Faults(f"{index.origin}: does not hold the tensors that Megatron-Core has for this model configuration")
-    faults.extend(f"{key} is missing" for key in sorted(needed - names))
-    faults.extend(f"{key} is not part of the model" for key in sorted(names - needed))
-    for key, box in (part for source in sources.values() for part in source.parts):
-        if key in names and not box.inside(index.tensors[key].shape):
-            faults.add(f"{key} has shape {list(index.tensors[key].shape)}, the model takes {box} of it")
-    faults.raise_if_any()
-    return sources
-
-
-def _source(entry: Any, names: set[str]) -> _Source:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    if isinstance(entry, ShardedTensor):
-        return _Source((_part(entry, names),), lambda tensors: tensors[0])
-    assert isinstance(entry, ShardedTensorFactory), f"{type(entry).__name__} in a sharded state dict"
-    shards = entry.build()
-    assert isinstance(shards, list), f"{entry.key} is built into a {type(shards).__name__}"
-    return _Source(tuple(_part(shard, names) for shard in shards), entry.merge_fn)
-
-
-def _part(shard: Any, names: set[str]) -> tuple[str, Box]:
-    """Key and box of a Megatron ShardedTensor, whose first `prepend_axis_num` dims only its key's tensor has."""
-    key = shard.key
-    for fused, other in _OTHER_NAMES.items():
-        if key not in names and key.replace(fused, other) in names:
-            key = key.replace(fused, other)
-    size = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
-    return key, Box(tuple(shard.global_offset), size)
-
-
-class _Weights:
-    """Fills parameters from the checkpoint."""
-
-    def __init__(
-        self, index: CheckpointIndex, sources: Mapping[str, _Source], config: ModelConfig, rounding: Rounding | None
-    ) -> None:
-        self.index, self.sources, self.rounding = index, sources, rounding
-        self.zero_centered_norm = config.zero_centered_norm
-
-    def fill_all(self, model: Any) -> None:
-        """Fill the whole model."""
-        self._fill(model, "", recurse=True)
-
-    def stream_layers(self, model: Any) -> None:
-        """Fill all of the model but its layers, which are filled when they run and emptied again."""
-        layers = model.decoder.layers
-        inner = {parameter for layer in layers for parameter in layer.parameters()}
-        for name, module in model.named_modules():
-            if not any(parameter in inner for parameter in module.parameters(recurse=False)):
-                self._fill(module, name, recurse=False)
-        for number, layer in enumerate(layers):
-            name = f"decoder.layers.{number}"
-            layer.register_forward_pre_hook(lambda module, _, name=name: self._fill(module, name, recurse=True))
-            layer.register_forward_hook(lambda module, *_: module.to("meta") and None)
-
-    def _fill(self, module: torch.nn.Module, prefix: str, *, recurse: bool) -> None:
-        for inner, owner in module.named_modules() if recurse else [("", module)]:
-            is_norm = isinstance(owner, (torch.nn.LayerNorm, torch.nn.RMSNorm))
-            for kind, parameter in owner.named_parameters(recurse=False):
-                name = ".".join(filter(None, (prefix, inner, kind)))
-                add_one = is_norm and kind == "weight" and self.zero_centered_norm
-                stored = self._read(self.sources[name]).reshape(parameter.shape)
-                exact = name.endswith("router.weight") and self.rounding is not None and self.rounding.keeps_router
-                values = (stored if exact else self._rounded(stored, add_one=add_one)).to(parameter.dtype)
-                setattr(owner, kind, torch.nn.Parameter(values, requires_grad=False))
-            for kind, _ in owner.named_buffers(recurse=False):
-                name = ".".join(filter(None, (prefix, inner, kind)))
-                if name in self.sources:  # the router's expert bias, which stays as it is
-                    setattr(owner, kind, self._read(self.sources[name]))
-
-    def _rounded(self, stored: torch.Tensor, *, add_one: bool) -> torch.Tensor:
-        """The values of a stored tensor in the model, with the one of a zero-centred norm."""
-        if self.rounding is None:
-            return stored.float() + 1 if add_one else stored
-        if add_one and self.rounding.stores_one:
-            return (stored + 1).to(self.rounding.dtype)
-        rounded = stored.to(self.rounding.dtype)
-        return rounded.float() + 1 if add_one else rounded
-
-    def _read(self, source: _Source) -> torch.Tensor:
-        return source.merge([read_box(self.index, key, box) for key, box in source.parts])
 
 
 def _watch(model: Any, trace: Trace, config: ModelConfig) -> None:

@@ -66,14 +66,14 @@ def layer_spec(config: ModelConfig) -> Any:
 
 
 def add_scaling_and_capping(model: Any, config: ModelConfig) -> None:
-    """Have a GPTModel scale its embeddings and cap its scores and logits as `config` says."""
-    if config.embedding_scaling:
+    """Have a GPTModel (a pipeline stage of one) scale its embeddings and cap scores and logits as `config` says."""
+    if config.embedding_scaling and model.pre_process:
         model.embedding.register_forward_hook(lambda _, __, states: states * math.sqrt(config.hidden_size))
     if config.attn_logit_softcapping is not None:
         for layer in model.decoder.layers:
             attention = layer.self_attention.core_attention
             attention.scale_mask_softmax = _CappedSoftmax(attention.scale_mask_softmax, config.attn_logit_softcapping)
-    if config.final_logit_softcapping is not None:
+    if config.final_logit_softcapping is not None and model.post_process:
         cap = config.final_logit_softcapping
         model.output_layer.register_forward_hook(lambda _, __, result: (_capped(result[0], cap), result[1]))
 

@@ -37,10 +37,10 @@ class SourceReader:
             first, end = max(rows[0], rectangle.rows[0]), min(rows[1], rectangle.rows[1])
             if first < end:
                 part = band[first - rows[0] : end - rows[0], rectangle.columns[0] : rectangle.columns[1]]
-                self._read_rectangle(rectangle, first, part)
+                self.read_rectangle(rectangle, first, part)
         return band
 
-    def _read_rectangle(self, rectangle: SourceRectangle, first: int, part: Block) -> None:
+    def read_rectangle(self, rectangle: SourceRectangle, first: int, part: Block) -> None:
         """Fill `part` [rows, all columns of the chunk] from row `first` of the slab on."""
         (num_rows, num_columns), itemsize = part.shape, part.itemsize
         start = rectangle.offset + (first - rectangle.rows[0]) * rectangle.row_stride

@@ -34,11 +34,11 @@ def tokens() -> list[list[int]]:
 
 def main(options: Any, folder: Path, schemes: list[str]) -> None:
     """Quantise and save by every scheme."""
+    megatron_on_cpu.substitute_cuda()
     import modelopt.torch.quantization as mtq
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
     from safetensors.torch import save_file
 
-    megatron_on_cpu.substitute_cuda()
     store = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     megatron_on_cpu.start_model_parallel(options)

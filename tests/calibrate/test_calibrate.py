@@ -187,3 +187,14 @@ def test_bad_input(
     assert main(["calibrate", str(plain), str(file), "--data", str(data)]) == 2
     assert re.search(message, capfd.readouterr().err)
     assert file.exists() == ("exists" in change)
+
+
+def test_linears_that_megatron_core_has_not(tmp_path: Path) -> None:
+    """Gemma 2 norms what its row-parallel linears give: they are quantised as Megatron-Core's own."""
+    checkpoint = Path(__file__).parents[1] / "conformance" / "checkpoints" / "gemma2_bridge_core_0_16_tp2"
+    (tmp_path / "ids.txt").write_text("1 2 3 4\n5 6 7")
+    command = ["calibrate", str(checkpoint), str(tmp_path / "fp8.safetensors"), "--data", str(tmp_path / "ids.txt")]
+    assert main(command) == 0
+    found = safetensors_torch.load_file(tmp_path / "fp8.safetensors")
+    assert len([name for name in found if name.endswith("linear_proj.input_quantizer._amax")]) == 2
+    assert len(found) == 2 * 4 * 2  # layers x linears x quantisers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from support.megatron_checkpoints import (  # noqa: E402
+    SCRIPT,
     latest_iteration,
     make_checkpoint,
     per_layer_weights,
@@ -59,3 +63,9 @@ def test_the_optimizer_is_saved_beside_the_weights(megatron_checkpoint: Callable
 def test_a_failure_carries_what_the_script_said(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="3 processes do not make tp 2 x pp 1; start 2"):
         make_checkpoint(tmp_path, num_processes=3, tp=2)
+
+
+def test_importing_the_programs_changes_nothing() -> None:
+    """No environment variable: whatever runs in the process afterwards sees its GPUs."""
+    code = "import os; before = dict(os.environ); import make_checkpoint, megatron_on_cpu; assert before == os.environ"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}, check=True)
