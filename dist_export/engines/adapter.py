@@ -2,7 +2,7 @@
 
 The calls are those of ``trtllm-build`` (tensorrt_llm/commands/build.py, `build_model` and `build_and_save`), for one
 rank of one process. They are checked, argument by argument, against signatures of the public source of the releases
-(tests/engines). Where releases differ, what is there decides, never a version number.
+(tests/engines). Where releases differ, what is there decides, not a version number; defaults of flags excepted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_export.engines.options import PLUGIN_FIELDS, EngineOptions
+from dist_export.engines.options import PLUGIN_FIELDS, EngineOptions, default_batch_size
 from dist_export.errors import ExportError
 from dist_export.targets.trtllm.build_command import fitting_options
 
@@ -47,35 +48,45 @@ def load_rank(folder: Path, rank: int, options: EngineOptions) -> Any:
 def build_model(model: Any, options: EngineOptions, values: Mapping[str, Any]) -> Any:
     """The engine of a loaded model. `values` are those of the export's config.json."""
     builder = _module("tensorrt_llm.builder")
-    engine = builder.build(model, build_config(options, values))
+    config = build_config(options, values)
+    recorded = config.output_timing_cache
+    with tempfile.TemporaryDirectory(prefix="dist_export_") as scratch:
+        if options.output_timing_cache is None and recorded is not None:
+            config.output_timing_cache = str(Path(scratch) / "model.cache")
+        engine = builder.build(model, config)
     if engine is None or (engine.engine is None and not options.dry_run):
         raise ExportError("TensorRT-LLM built no engine; its log says why")
+    engine.config.build_config.output_timing_cache = recorded  # what its config.json will say
     return engine
 
 
 def build_config(options: EngineOptions, values: Mapping[str, Any]) -> Any:
-    """A ``BuildConfig`` of the installed release. Raises `ExportError` naming options that it does not have."""
+    """A ``BuildConfig`` of the installed release. Raises `ExportError` naming options that it does not have.
+
+    Classes are those that builder.py itself has imported: KVCacheType and LoraConfig have moved between modules.
+    """
     builder = _module("tensorrt_llm.builder")
     known = _fields(builder.BuildConfig)
     arguments = _build_arguments(options, values)
-    plugin = _plugin_config(options, values)
+    plugin = _plugin_config(builder, options, values)
     arguments["plugin_config"] = plugin
     if "use_fused_mlp" in known:  # 0.12 to 0.17; plugin_config alone has it since
         arguments["use_fused_mlp"] = bool(getattr(plugin, "use_fused_mlp", options.use_fused_mlp))
     if options.kv_cache_type is not None:
         if "kv_cache_type" in known:
-            kinds = _module("tensorrt_llm.bindings").KVCacheType
-            arguments["kv_cache_type"] = getattr(kinds, options.kv_cache_type.upper())
+            arguments["kv_cache_type"] = getattr(builder.KVCacheType, options.kv_cache_type.upper())
         else:  # 0.12
             plugin.paged_kv_cache = options.kv_cache_type == "paged"
     if options.speculative_decoding_mode is not None:
-        modes = _module("tensorrt_llm.models.modeling_utils").SpeculativeDecodingMode
+        modes = builder.SpeculativeDecodingMode
         arguments["speculative_decoding_mode"] = getattr(modes, options.speculative_decoding_mode.upper())
     if options.lora_plugin not in (None, "disable"):
-        arguments["lora_config"] = _lora_config(options)
+        arguments["lora_config"] = _lora_config(builder, options)
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ExportError(f"the installed TensorRT-LLM has no build option {', '.join(unknown)}")
+    if not dataclasses.is_dataclass(builder.BuildConfig):  # 1.2: pydantic, which refuses None where it is not declared
+        arguments = {name: value for name, value in arguments.items() if value is not None}
     return builder.BuildConfig(**arguments)
 
 
@@ -138,7 +149,7 @@ def _build_arguments(options: EngineOptions, values: Mapping[str, Any]) -> dict[
     fitting = fitting_options(values)
     max_seq_len = options.max_seq_len or (int(fitting["max_seq_len"]) if "max_seq_len" in fitting else None)
     return {
-        "max_batch_size": options.max_batch_size,
+        "max_batch_size": options.max_batch_size or default_batch_size(_release()),
         # trtllm-build cuts it off with a warning
         "max_input_len": min(options.max_input_len, max_seq_len) if max_seq_len else options.max_input_len,
         "max_seq_len": max_seq_len,
@@ -162,8 +173,8 @@ def _build_arguments(options: EngineOptions, values: Mapping[str, Any]) -> dict[
     }
 
 
-def _plugin_config(options: EngineOptions, values: Mapping[str, Any]) -> Any:
-    plugin = _module("tensorrt_llm.plugin").PluginConfig()
+def _plugin_config(builder: Any, options: EngineOptions, values: Mapping[str, Any]) -> Any:
+    plugin = builder.PluginConfig()
     chosen = {name: getattr(options, name) for name in PLUGIN_FIELDS if getattr(options, name) is not None}
     if "use_paged_context_fmha" in fitting_options(values):
         chosen.setdefault("use_paged_context_fmha", False)
@@ -171,6 +182,10 @@ def _plugin_config(options: EngineOptions, values: Mapping[str, Any]) -> Any:
         chosen["manage_weights"] = True
     if options.use_fused_mlp is None and not _takes_fused_mlp(values) and hasattr(plugin, "use_fused_mlp"):
         chosen["use_fused_mlp"] = False
+    if not hasattr(plugin, "use_fused_mlp") and "use_fused_mlp" in _fields(builder.BuildConfig):
+        chosen.pop("use_fused_mlp", None)  # 0.12: no plugin's
+    if chosen.get("gemm_plugin") == "disable" and hasattr(plugin, "_explicitly_disable_gemm_plugin"):
+        plugin._explicitly_disable_gemm_plugin = True  # or NVFP4 weights would switch it on
     missing = [name for name in chosen if not hasattr(plugin, name)]
     if missing:
         raise ExportError(f"the installed TensorRT-LLM has no build option {', '.join(missing)}")
@@ -185,7 +200,7 @@ def _takes_fused_mlp(values: Mapping[str, Any]) -> bool:
     return algorithm in _FUSED_MLP_WITH and values.get("architecture") != "DeciLMForCausalLM"
 
 
-def _lora_config(options: EngineOptions) -> Any:
+def _lora_config(builder: Any, options: EngineOptions) -> Any:
     arguments: dict[str, Any] = {
         "lora_dir": list(options.lora_dir),
         "lora_ckpt_source": options.lora_ckpt_source,
@@ -193,7 +208,7 @@ def _lora_config(options: EngineOptions) -> Any:
     }
     if options.lora_target_modules:
         arguments["lora_target_modules"] = list(options.lora_target_modules)
-    return _module("tensorrt_llm.lora_manager").LoraConfig(**arguments)
+    return builder.LoraConfig(**arguments)
 
 
 _DECILM = ((".mlp.", ".ffn."), (".attn_replacing_linear.", ".attention."), (".mlp_replacing_linear.", ".ffn."))
@@ -220,4 +235,3 @@ def _release() -> str:
     from dist_export.engines.availability import installed_release
 
     return installed_release()
-

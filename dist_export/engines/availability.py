@@ -27,6 +27,9 @@ _CAPABILITIES: Mapping[str, tuple[tuple[int, int], str]] = {
 }
 """Quantisation or element type -> the oldest compute capability with it."""
 
+_NOT_ON_10 = ("W8A16", "W4A16", "W4A8_AWQ", "W8A8", "FP8_PER_CHANNEL_PER_TOKEN")
+"""Beginnings of quantisations that compute capability 10.x does not compute (tensorrt_llm/builder.py, `build`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -49,9 +52,7 @@ def installed_release() -> str:
         return release
     newer = match is not None and (int(match[1]), int(match[2])) > (1, 2)
     why = "builds no engines any more" if newer else "is not known to this program"
-    raise ExportError(
-        f"engines: TensorRT-LLM {version} {why}; {_IMAGE} of {RELEASES[0]} to {RELEASES[-1]}, or {_HF}"
-    )
+    raise ExportError(f"engines: TensorRT-LLM {version} {why}; {_IMAGE} of {RELEASES[0]} to {RELEASES[-1]}, or {_HF}")
 
 
 def _version() -> str:
@@ -108,6 +109,14 @@ def check_gpus(gpus: Sequence[Gpu], config: Mapping[str, Any]) -> None:
         raise ExportError(f"engines: no NVIDIA GPU is to be seen here; {_IMAGE} on the machine that will serve")
     quantization = config.get("quantization") or {}
     wanted = {config.get("dtype"), quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")}
+    refused = [kind for kind in wanted if kind and (kind == "INT8" or kind.startswith(_NOT_ON_10))]
+    for gpu in gpus:
+        if gpu.capability[0] == 10 and refused:
+            raise ExportError(
+                f"engines: TensorRT-LLM computes no {' and no '.join(sorted(refused))} on compute capability 10.x, but "
+                f"{gpu.name} (GPU {gpu.token}) has {gpu.capability[0]}.{gpu.capability[1]}; quantise otherwise (fp8, "
+                "nvfp4), or build for another GPU"
+            )
     for kind in sorted(kind for kind in _CAPABILITIES if kind in wanted):
         lowest, generation = _CAPABILITIES[kind]
         for gpu in gpus:

@@ -66,9 +66,7 @@ def prepare(request: EngineRequest, config: Mapping[str, Any], valid: Sequence[s
     return gpus
 
 
-def build_engines(
-    folder: Path, request: EngineRequest, group: Group, gpus: Sequence[Gpu], *, hint: str = ""
-) -> None:
+def build_engines(folder: Path, request: EngineRequest, group: Group, gpus: Sequence[Gpu], *, hint: str = "") -> None:
     """Build and publish the engines of the export in `folder`. All ranks of the group call it.
 
     Every process builds the target ranks rank, rank + world_size, …: one at a time on the GPU of its own; a process

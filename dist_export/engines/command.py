@@ -96,4 +96,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ExportError(f"{path}: holds a {type(found).__name__}, expected an object")
     return found
-

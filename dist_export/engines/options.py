@@ -22,7 +22,8 @@ PLUGIN_DTYPES = ("auto", "float16", "bfloat16", "float32", "disable")
 class EngineOptions:
     """Options of an engine build. None: what the release's ``trtllm-build`` does without the option."""
 
-    max_batch_size: int = 2048
+    max_batch_size: int | None = None
+    """None: `default_batch_size` of the release."""
     max_input_len: int = 1024
     max_seq_len: int | None = None
     """Tokens of a prompt and its answer together; None: the model's positions."""
@@ -115,14 +116,19 @@ PLUGIN_FIELDS = (
 """Options that are attributes of ``PluginConfig``."""
 
 SINCE: Mapping[str, Span] = {
-    "kv_cache_type": Span("0.13"),
-    "fast_build": Span("0.13"),
     "low_latency_gemm_plugin": Span("0.13"),
-    "use_fused_mlp": Span("0.13"),
     "user_buffer": Span("0.16"),
     "pp_reduce_scatter": Span("0.15"),
+    "streamingllm": Span(last="1.0"),  # commands/build.py, `build_model`, refuses it since
 }
 """Options that only some releases have; all others are in every release."""
+
+VALUES_SINCE: Mapping[tuple[str, object], Span] = {
+    ("kv_cache_type", "disabled"): Span("0.13"),
+    ("gemm_plugin", "nvfp4"): Span("0.18"),
+    ("log_level", "trace"): Span("1.1"),
+}
+"""Values that only some releases know, of options that every release has."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "kv_cache_type": ("paged", "continuous", "disabled"),
@@ -139,6 +145,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "nccl_plugin": PLUGIN_DTYPES,
     "lora_plugin": PLUGIN_DTYPES,
 }
+
+
+def default_batch_size(release: str) -> int:
+    """What ``trtllm-build`` of a release does without ``--max_batch_size``."""
+    return 256 if release in ("0.12", "0.13") else 2048
 
 
 def option_flags() -> dict[str, bool]:
@@ -179,6 +190,8 @@ def check(options: EngineOptions, config: Mapping[str, Any], release: str) -> No
     for name, value in options.as_values().items():
         if release not in SINCE.get(name, ALL):
             faults.add(f"{name} is an option of TensorRT-LLM {SINCE[name]}")
+        if not isinstance(value, list) and release not in VALUES_SINCE.get((name, value), ALL):
+            faults.add(f"{name} {value} is known to TensorRT-LLM {VALUES_SINCE[name, value]}")
         if name in CHOICES and value not in CHOICES[name]:
             faults.add(f"{name} is {value}, expected one of {', '.join(CHOICES[name])}")
     _check_numbers(options, config, faults)
@@ -217,6 +230,8 @@ def _check_numbers(options: EngineOptions, config: Mapping[str, Any], faults: Fa
         faults.add("opt_num_tokens and multiple_profiles exclude each other")
     if options.max_draft_len and options.speculative_decoding_mode is None:
         faults.add("max_draft_len is given without speculative_decoding_mode")
+    if options.max_draft_len and options.gather_context_logits:
+        faults.add("gather_context_logits and max_draft_len exclude each other")
 
 
 def _check_plugins(options: EngineOptions, config: Mapping[str, Any], faults: Faults) -> None:

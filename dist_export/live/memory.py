@@ -35,8 +35,13 @@ class RankMemory:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are: that of the first."""
-        return self._flat[0].device if self._flat else torch.device("cpu")
+        """Where the tensors are: that of the first which is not on the CPU, as what layers saved always is."""
+        return next((flat.device for flat in self._flat if flat.device.type != "cpu"), torch.device("cpu"))
+
+    def settle(self) -> None:
+        """Wait until nothing writes the tensors any more. The caller's CUDA stream may; threads read on others."""
+        for device in {flat.device for flat in self._flat if flat.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
 
     def add(self, tensor: torch.Tensor) -> int:
         """The address that a tensor's first byte gets."""

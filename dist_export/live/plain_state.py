@@ -95,9 +95,7 @@ def collect(
     return memory, PlainHoldings(tp, pp, ep, tuple(chunks), tuple(objects))
 
 
-def _collect_one(
-    name: str, value: Any, memory: RankMemory, held: dict[str, Held], extra: dict[str, Held]
-) -> None:
+def _collect_one(name: str, value: Any, memory: RankMemory, held: dict[str, Held], extra: dict[str, Held]) -> None:
     if name.rpartition(".")[2] == "_extra_state":
         for each in object_entries(name, value, memory):
             extra[name] = Held("uint8", (each.num_bytes,), each.address)

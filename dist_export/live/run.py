@@ -11,7 +11,16 @@ import torch
 
 from dist_export.convert.execute import Budget, Executor
 from dist_export.convert.outputs import WritableFile
-from dist_export.convert.scale_table import Float32, ScaleTable, entries_of, find, table_of
+from dist_export.convert.scale_table import (
+    MEASURE_BYTES,
+    Entry,
+    Float32,
+    ScaleTable,
+    entries_of,
+    find,
+    magnitudes,
+    table_of,
+)
 from dist_export.convert.torch_arithmetic import TorchArithmetic
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError, Faults
@@ -23,6 +32,7 @@ from dist_export.live.table import ORIGIN, LiveTable, check_same
 from dist_export.plan.export import ExportPlan, validate
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.plan.work import Fill, SlabUses, Use, WorkItem, collect_uses
+from dist_export.tensors.dtypes import dtype_by_name
 
 ROUND_BYTES = 256 << 20
 """Of target tensors that a rank makes in one round, which bounds what it receives meanwhile."""
@@ -190,6 +200,7 @@ class LiveExport:
     def _shares(self, files: Sequence[Sequence[int]], *, in_order: bool = False) -> list[_Share]:
         """The share of every rank. Collective, and where faults of the plan are found."""
         validate(self.plan)
+        self.memory.settle()
         check_same(self.peers.gather(f"{self.plan.digest()} {self.round_bytes}"))
         made = {numbers: self._share(numbers, in_order=in_order) for numbers in {tuple(each) for each in files}}
         return [made[tuple(numbers)] for numbers in files]
@@ -224,9 +235,7 @@ class LiveExport:
         index = self.table.index
         needs = {id(share): needs_of(share.items(number), share.outputs(number), index) for share in shares}
         needed = {rank: parcels(self.table, needs[id(share)], rank) for rank, share in enumerate(shares)}
-        received = exchange(
-            needed, self.memory, self.peers.rank, group=self.peers.group, device=self.peers.device
-        )
+        received = exchange(needed, self.memory, self.peers.rank, group=self.peers.group, device=self.peers.device)
         num_bytes = 0
         for part, packed in received:
             num_bytes += packed.numel()
@@ -255,15 +264,31 @@ class LiveExport:
         entries = entries_of(quantization)
         index = self.table.index
         sources = MemorySources(self.table, self.peers.rank, self.memory, partial=True)
+        reader = ViewReader(sources, index.shapes(), self.plan.catalog.updates)
         here = []
         for number, entry in enumerate(entries):
-            chunks = index.chunks(entry.stored.slab.name) if entry.stored else []
-            if all(sources.own_offset(chunk) is not None for chunk in chunks):
+            chunks = index.chunks(entry.stored.slab.name) if entry.stored else [None]
+            if all(chunk is not None and sources.own_offset(chunk) is not None for chunk in chunks):
                 here.append(number)
-        values = find(entries, here, ViewReader(sources, index.shapes(), self.plan.catalog.updates))
+        values, start = find(entries, here, reader), 0
+        for entry in entries:
+            if entry.stored is None:
+                values[start : start + entry.size] = _measured(entry, reader)
+            start += entry.size
         # MAX over ranks must not lose what is not a number: an infinite amax is refused as well.
         values = np.where(np.isnan(values), np.float32(np.inf), values)
         return table_of(entries, self.peers.all_reduce_max(values), quantization)
+
+
+def _measured(entry: Entry, reader: ViewReader) -> Float32:
+    """The amax of an entry's weights (of each row where that is asked for), as far as this rank holds them."""
+    axis = 1 if entry.num_rows else None
+    found = [
+        magnitudes(block, dtype_by_name(weight.dtype), axis=axis)
+        for weight in entry.measured
+        for block in reader.row_blocks(weight, MEASURE_BYTES)
+    ]
+    return np.concatenate(found) if entry.num_rows else np.maximum.reduce(found)  # keeps NaN
 
 
 class _Silent:

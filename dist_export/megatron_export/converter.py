@@ -177,4 +177,3 @@ def with_multi_query(transformer_config: Any, multi_query_mode: bool) -> Any:
     if multi_query_mode and not getattr(transformer_config, "num_query_groups", None):
         return replace(transformer_config, num_query_groups=1)
     return transformer_config
-

@@ -2,6 +2,8 @@
 
     TRTLLM_SRC=…/tensorrt_llm python tests/engines/check_with_tensorrt_llm_source.py BOOT_FOLDER EXPORT …
 
+or on exports that it makes itself, tests/engines/test_with_tensorrt_llm_source.py.
+
 TRTLLM_SRC is the ``tensorrt_llm`` folder of a source checkout of 0.14; BOOT_FOLDER holds a ``boot.py`` that makes it
 importable without TensorRT, CUDA and compiled bindings. For every rank of every export run, with the real classes:
 ``PretrainedConfig.from_json_file``, ``set_rank``, ``MODEL_MAP``, ``from_checkpoint`` (which checks names and shapes),
@@ -58,7 +60,7 @@ def main(boot_folder: str, *exports: str) -> int:
 
     def build(model: Any, build_config: Any) -> Any:
         noted.append((model, build_config))
-        return SimpleNamespace(engine=b"", save=lambda folder: None)
+        return SimpleNamespace(engine=b"", config=SimpleNamespace(build_config=build_config), save=lambda folder: None)
 
     builder.build = build
     failed = 0
@@ -75,16 +77,17 @@ def main(boot_folder: str, *exports: str) -> int:
 
 
 def _check_rank(folder: Path, rank: int, noted: list[tuple[Any, Any]], builder: Any) -> str:
-    from dist_export.engines.adapter import build_rank
+    from dist_export.engines import adapter
     from dist_export.engines.options import EngineOptions, check
 
+    adapter._release = lambda: "0.14"  # nothing is installed that would say it
     values = json.loads((folder / "config.json").read_text())
     for options in OPTIONS:
         chosen = EngineOptions.of({"log_level": "error", **options})
         check(chosen, values, "0.14")
         noted.clear()
         with tempfile.TemporaryDirectory() as output:
-            build_rank(folder, rank, chosen, Path(output))
+            adapter.build_rank(folder, rank, chosen, Path(output))
         (model, config), *others = noted
         assert not others, "built twice"
         _check_build(model, config, chosen, rank, builder)
@@ -100,7 +103,6 @@ def _check_in_memory(
     from dist_export.engines import adapter
     from dist_export.engines.options import EngineOptions
 
-    adapter._release = lambda: "0.14"  # nothing is installed that would say it
     noted.clear()
     options = EngineOptions(log_level="error")
     with tempfile.TemporaryDirectory() as output:
@@ -124,7 +126,8 @@ def _check_build(model: Any, config: Any, options: Any, rank: int, builder: Any)
     config.plugin_config.dtype = model.config.dtype
     config.update_kv_cache_type(model.config.architecture)
     builder._init_max_seq_len(model.config, config)
-    assert config.max_batch_size == options.max_batch_size
+    assert config.max_batch_size == (options.max_batch_size or 2048)
+    assert config.output_timing_cache is None
     assert config.max_seq_len == (options.max_seq_len or model.config.max_position_embeddings), config.max_seq_len
     assert config.kv_cache_type == KVCacheType[(options.kv_cache_type or "paged").upper()]
     assert config.use_refit == options.refit and config.use_strip_plan == options.strip_plan

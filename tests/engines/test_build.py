@@ -108,6 +108,7 @@ def test_torchrun_ranks_build_each_their_own(exported: Path, tmp_path: Path, her
         ("0.14.0", (), (), "no NVIDIA GPU is to be seen here"),
         ("0.14.0", ("7.5",), (), r"bfloat16 needs compute capability 8.0 \(Ampere or newer\), but NVIDIA Stand-in 0"),
         ("0.14.0", ("8.0",), ("--kv-cache", "fp8", "--kv-cache-scale", "1"), "FP8 needs compute capability 8.9"),
+        ("0.14.0", ("10.0",), ("--kv-cache", "int8", "--kv-cache-scale", "1"), "computes no INT8 on .* 10.x, but"),
         ("0.14.0", ("9.0",), ("--trtllm-version", "0.16"), "0.14 is installed, but this export is for 0.16"),
         ("0.14.0", ("9.0",), ("--engine-option", "max_seq_len=65"), "max_seq_len 65 is more than the model's 64 pos"),
         ("0.14.0", ("9.0",), ("--engine-option", "max_beam=2"), "max_beam is unknown; known: max_batch_size"),

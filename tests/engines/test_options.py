@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.exports import run_command
 
 from dist_export.engines.options import EngineOptions, check, option_flags, parse_assignments, read_options
 from dist_export.errors import ExportError
@@ -25,7 +27,7 @@ def config(*, algorithm: str | None = None, cache: str | None = None, tp: int = 
 
 def test_defaults_are_those_of_trtllm_build_and_fit() -> None:
     options = EngineOptions()
-    assert (options.max_batch_size, options.max_input_len, options.max_num_tokens) == (2048, 1024, 8192)
+    assert (options.max_batch_size, options.max_input_len, options.max_num_tokens) == (None, 1024, 8192)
     assert options.as_values() == {}
     check(options, config(), "0.14")
 
@@ -62,7 +64,7 @@ def test_values_that_are_no_options(values: dict[str, object], message: str) -> 
         ({"max_batch_size": 0}, {}, "0.14", "max_batch_size is 0, must be at least 1"),
         ({"opt_num_tokens": 9000}, {}, "0.14", "opt_num_tokens 9000 is more than max_num_tokens 8192"),
         ({"opt_num_tokens": 9, "multiple_profiles": True}, {}, "0.14", "exclude each other"),
-        ({"kv_cache_type": "paged"}, {}, "0.12", "kv_cache_type is an option of TensorRT-LLM 0.13 to 1.2"),
+        ({"user_buffer": True}, {}, "0.12", "user_buffer is an option of TensorRT-LLM 0.16 to 1.2"),
         ({"kv_cache_type": "flat"}, {}, "0.14", "kv_cache_type is flat, expected one of paged, continuous, disabled"),
         ({"gemm_plugin": "float16"}, {}, "0.14", "gemm_plugin is float16, but the export is bfloat16"),
         ({"gemm_plugin": "fp8"}, {}, "0.14", "gemm_plugin fp8 needs weights quantised as FP8, these are None"),
@@ -75,6 +77,7 @@ def test_values_that_are_no_options(values: dict[str, object], message: str) -> 
         ({"weight_streaming": True, "gemm_plugin": "auto"}, {}, "0.14", "weight_streaming needs gemm_plugin disable"),
         ({"lora_dir": ["x"]}, {}, "0.14", "need lora_plugin"),
         ({"strongly_typed": False}, {"algorithm": "FP8"}, "0.14", "strongly_typed cannot be switched off"),
+        ({"max_draft_len": 3, "gather_context_logits": True}, {}, "0.14", "exclude each other"),
         ({"max_draft_len": 3}, {}, "0.14", "max_draft_len is given without speculative_decoding_mode"),
     ],
 )
@@ -86,6 +89,7 @@ def test_options_that_do_not_fit(options: dict[str, object], of: dict[str, Any],
 def test_options_that_fit() -> None:
     check(EngineOptions(gemm_plugin="fp8", use_fp8_context_fmha=True), config(algorithm="FP8", cache="FP8"), "1.2")
     check(EngineOptions(reduce_fusion=True, user_buffer=True), config(tp=2), "1.0")
+    check(EngineOptions(kv_cache_type="paged", fast_build=True), config(), "0.12")
     check(EngineOptions(max_seq_len=8192), config(rotary_scaling={"type": "linear", "factor": 2.0}), "0.14")
 
 
@@ -93,6 +97,14 @@ def test_every_option_is_a_flag() -> None:
     flags = option_flags()
     assert flags["strip_plan"] and not flags["max_batch_size"]
     assert set(flags) == set(EngineOptions.__dataclass_fields__)
+
+
+def test_help_tells_of_every_option() -> None:
+    process = run_command("engine", "--help")
+    assert process.returncode == 0, process.stderr
+    shown = re.findall(r"^  --([a-z0-9_]+)", process.stdout, re.MULTILINE)
+    assert [name for name in EngineOptions.__dataclass_fields__ if shown.count(name) != 1] == []
+    assert [line for line in process.stdout.splitlines() if len(line) > 100] == []
 
 
 def test_the_command_says_what_would_otherwise_go_wrong() -> None:

@@ -1,15 +1,17 @@
-"""What an undisturbed export makes of the long checkpoint, and faulty programs."""
+"""What an undisturbed export makes of the long checkpoint, a Slurm for all tests, and faulty programs."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.faulty_runs import PROGRAM
 from support.launched import LAYOUT
+from support.mpiruns import MPIRUNS, Mpirun, find_mpirun
+from support.own_slurm import Slurm, running_slurm, why_not
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +20,22 @@ def whole(long_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from support.exports import export
 
     return export(long_checkpoint, tmp_path_factory.mktemp("whole") / "out", *LAYOUT, "--num-processes", 1)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """Two nodes; skipped where Slurm cannot run."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with running_slurm(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=sorted(MPIRUNS))
+def mpirun(request: pytest.FixtureRequest) -> Mpirun:
+    """Open MPI's, then MPICH's."""
+    return find_mpirun(request.param)
 
 
 @pytest.fixture

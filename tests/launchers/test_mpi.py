@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,42 +13,9 @@ pytest.importorskip("torch")
 from support.exports import REPOSITORY, run_command
 from support.faulty_runs import MOST_SECONDS, weights
 from support.launched import LAYOUT, Ended, run
+from support.mpiruns import Mpirun
 
 SCRIPT = REPOSITORY / "launch" / "export_mpi.sh"
-MPIRUNS = {"openmpi": ("mpirun.openmpi", "mpirun"), "mpich": ("mpirun.mpich", "mpirun.hydra", "mpirun")}
-SIGNS = {"openmpi": ("Open MPI", "OpenRTE"), "mpich": ("HYDRA",)}
-
-
-@dataclass(frozen=True)
-class Mpirun:
-    """One of the two."""
-
-    flavour: str
-    path: str
-
-    def command(self, *program: object) -> list[object]:
-        """mpirun itself with four ranks of a program."""
-        options = ["--oversubscribe"] if self.flavour == "openmpi" else []
-        options += ["--allow-run-as-root"] if self.flavour == "openmpi" and os.geteuid() == 0 else []
-        return [self.path, "-np", 4, *options, *program]
-
-
-def find_mpirun(flavour: str) -> Mpirun:
-    """The flavour's mpirun; the test is skipped where there is none."""
-    for name in MPIRUNS[flavour]:
-        path = shutil.which(name)
-        if path is None:
-            continue
-        version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
-        if any(sign in version.stdout + version.stderr for sign in SIGNS[flavour]):
-            return Mpirun(flavour, path)
-    pytest.skip(f"{flavour} is not installed (Debian: apt-get install openmpi-bin mpich)")
-
-
-@pytest.fixture(params=sorted(MPIRUNS))
-def mpirun(request: pytest.FixtureRequest) -> Mpirun:
-    """Open MPI's, then MPICH's."""
-    return find_mpirun(request.param)
 
 
 def run_script(mpirun: Mpirun, *arguments: object, output: Path, **extra: str) -> Ended:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,22 +17,12 @@ pytest.importorskip("torch")
 from support.exports import REPOSITORY
 from support.faulty_runs import MOST_SECONDS, bytes_read, staged, weights
 from support.launched import LAYOUT, died_at, processes_with, wait_until_gone
-from support.own_slurm import Slurm, running_slurm, why_not
+from support.own_slurm import Slurm
 
 SCRIPT = REPOSITORY / "launch" / "export.sbatch"
 FOUR = ("--nodes", 1, "--ntasks-per-node", 4, "--cpus-per-task", 1)
 PACE = 0.1
 """Seconds per write, so that there is time within the transfer: about 50 writes per rank."""
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    """Two nodes; skipped where Slurm cannot run."""
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    with running_slurm(2) as cluster:
-        yield cluster
 
 
 def submit(slurm: Slurm, folder: Path, *arguments: object, sbatch: tuple[object, ...] = FOUR, **extra: str) -> int:

@@ -178,6 +178,15 @@ def test_one_process_takes_each_target_rank_in_turn() -> None:
         assert torch.equal(found["transformer.layers.1.attention.qkv.weight"], torch.cat(parts))
 
 
+def test_tensors_come_on_the_device_that_is_asked_for() -> None:
+    """The meta device stands for a GPU: shapes and types stay, memory does not."""
+    here, there = dict(one_process(target_rank=0)), dict(one_process(target_rank=0, device="meta"))
+    assert {tensor.device.type for tensor in here.values()} == {"cpu"}
+    assert {tensor.device.type for tensor in there.values()} == {"meta"}
+    described = [{name: (each.shape, each.dtype) for name, each in found.items()} for found in (here, there)]
+    assert described[0] == described[1]
+
+
 def test_quantised_tensors_do_not_depend_on_the_buckets() -> None:
     """Scales are measured before the first bucket, and follow their weight."""
     options = {"target_rank": 1, "quantization": QuantizationOptions(algorithm="fp8_per_channel")}

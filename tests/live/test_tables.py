@@ -70,6 +70,17 @@ def test_addresses_are_those_of_tensors_also_where_they_begin_within_a_storage()
     assert memory.elements(first, 2, (1, 4), (8, 2)).tolist() == [[0, 1, 2, 3]]
 
 
+def test_the_device_is_that_of_the_weights() -> None:
+    """States of layers are bytes on the CPU, and may come first. The meta device stands for a GPU."""
+    memory = RankMemory()
+    assert memory.device == torch.device("cpu")
+    memory.add(torch.zeros(8, dtype=torch.uint8))
+    assert memory.device == torch.device("cpu")
+    memory.add(torch.zeros(2, 2, device="meta"))
+    assert memory.device == torch.device("meta")
+    memory.settle()
+
+
 def test_a_parcel_is_packed_row_by_row() -> None:
     memory = RankMemory()
     address = memory.add(torch.arange(12, dtype=torch.int32).reshape(3, 4))

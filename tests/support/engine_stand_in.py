@@ -19,7 +19,7 @@ RECORDED = tuple(
 )
 
 _PACKAGE = '''
-import dataclasses, json, os, pathlib, sys, types
+import copy, dataclasses, json, os, pathlib, sys, types
 RECORD = json.loads(pathlib.Path(__file__).with_name("record.json").read_text())
 
 def note(name, **arguments):
@@ -51,26 +51,43 @@ def bind(name, args, kwargs):
 class KVCacheType:
     CONTINUOUS, PAGED, DISABLED = "KVCacheType.CONTINUOUS", "KVCacheType.PAGED", "KVCacheType.DISABLED"
 
-FIELDS = RECORD["fields"]
+FIELDS, NOT_NULL, CHOICES = RECORD["fields"], RECORD["not_null"], RECORD["choices"]
 MODES = {n: f"SpeculativeDecodingMode.{n}" for n in FIELDS["SpeculativeDecodingMode"]}
 SpeculativeDecodingMode = types.SimpleNamespace(**MODES)
-BuildConfig = dataclasses.make_dataclass(
-    "BuildConfig", [(n, object, dataclasses.field(default=d)) for n, d in FIELDS["BuildConfig"].items()])
 
-class LoraConfig(Thing):
-    def __init__(self, **kwargs):
-        unknown = set(kwargs) - set(FIELDS["LoraConfig"])
-        if unknown:
-            raise TypeError(f"LoraConfig() got unexpected {unknown}")
-        self.__dict__.update(kwargs)
-    def __repr__(self):
-        return f"LoraConfig({self.__dict__})"
+def config_class(name):
+    """A dataclass, or as pydantic has it: `model_fields`, and no None for a field that is not Optional."""
+    if name not in NOT_NULL:
+        return dataclasses.make_dataclass(
+            name, [(n, object, dataclasses.field(default=d)) for n, d in FIELDS[name].items()])
+    class Model(Thing):
+        model_fields = FIELDS[name]
+        def __init__(self, **kwargs):
+            unknown = set(kwargs) - set(FIELDS[name])
+            null = [key for key, value in kwargs.items() if value is None and key in NOT_NULL[name]]
+            if unknown or null:
+                raise ValueError(f"{name}: unexpected {unknown}, None for {null}")
+            self.__dict__.update(FIELDS[name] | kwargs)
+        def __repr__(self):
+            return f"{name}({self.__dict__})"
+    return Model
+
+BuildConfig, LoraConfig = config_class("BuildConfig"), config_class("LoraConfig")
 
 class PluginConfig(Thing):
-    __slots__ = tuple(FIELDS["PluginConfig"])
+    """Checks what is assigned, in every release."""
+    __slots__ = (*FIELDS["PluginConfig"], *(["_explicitly_disable_gemm_plugin"] * (
+        "explicitly_disable_gemm_plugin" in FIELDS["PluginConfig"])))
     def __init__(self):
-        for name, default in FIELDS["PluginConfig"].items():
-            object.__setattr__(self, name, default)
+        for name in self.__slots__:
+            object.__setattr__(self, name, FIELDS["PluginConfig"].get(name, False))
+    def __setattr__(self, name, value):
+        default = FIELDS["PluginConfig"].get(name, False)
+        if isinstance(default, bool):
+            assert isinstance(value, bool), f"Plugin {name} expects bool, got {value!r}"
+        elif name.endswith("_plugin"):
+            assert value in CHOICES.get(name, CHOICES["default"]), f"Plugin {name} expects no {value!r}"
+        object.__setattr__(self, name, value)
     def values(self):
         return {name: getattr(self, name) for name in self.__slots__}
     def __repr__(self):
@@ -115,26 +132,32 @@ def preprocess_weights(*args, **kwargs):
     return None if RECORD["release"] in ("0.12", "0.13") else dict(bound["weights"])
 
 class Engine(Thing):
-    def __init__(self, config, dry_run):
-        self.config, self.engine = config, None if dry_run else b"engine"
+    def __init__(self, config, build_config):
+        self.config = types.SimpleNamespace(pretrained_config=config, build_config=copy.copy(build_config))
+        self.engine = None if build_config.dry_run else b"engine"
     def save(self, *args, **kwargs):
         folder = pathlib.Path(bind("Engine.save", args, kwargs)["engine_dir"])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank{self.config.rank}.engine").write_bytes(self.engine)
-        if self.config.rank == 0:
-            (folder / "config.json").write_text(json.dumps({"pretrained_config": self.config.values}))
+        config = self.config.pretrained_config
+        (folder / f"rank{config.rank}.engine").write_bytes(self.engine)
+        if config.rank == 0:
+            told = {"pretrained_config": config.values,
+                    "build_config": {"output_timing_cache": self.config.build_config.output_timing_cache}}
+            (folder / "config.json").write_text(json.dumps(told))
 
 def build(*args, **kwargs):
     """The stand-in for what cannot be had: it notes what it was given."""
     bound = bind("build", args, kwargs)
     config = bound["build_config"]
-    plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "plugin_config"}
+    plain = {name: getattr(config, name) for name in FIELDS["BuildConfig"] if name != "plugin_config"}
+    if config.output_timing_cache is not None and bound["model"].config.rank == 0:
+        pathlib.Path(config.output_timing_cache).write_bytes(b"timings")
     if os.environ.get("STAND_IN_FAILS") == str(bound["model"].config.rank):
         print("[TRT] [E] out of workspace", file=sys.stderr)
         sys.exit(3)
     note("build", rank=bound["model"].config.rank, logits=bound["model"].config.logits_dtype,
          config=plain, plugin=config.plugin_config.values())
-    return Engine(bound["model"].config, config.dry_run)
+    return Engine(bound["model"].config, config)
 
 class logger:
     set_level = staticmethod(lambda level: None)
@@ -145,14 +168,13 @@ def module(name, **members):
     made.__dict__.update(members)
     setattr(sys.modules["tensorrt_llm"], name.rpartition(".")[2], made)
 
+note("import")
 module("logger", logger=logger)
-module("bindings", KVCacheType=KVCacheType)
-module("plugin", PluginConfig=PluginConfig)
-module("lora_manager", LoraConfig=LoraConfig)
-module("builder", BuildConfig=BuildConfig, Engine=Engine, build=build)
 module("models", MODEL_MAP=MODEL_MAP, PretrainedConfig=PretrainedConfig)
-module("models.modeling_utils", preprocess_weights=preprocess_weights, SpeculativeDecodingMode=SpeculativeDecodingMode)
 sys.modules["tensorrt_llm.models"].__path__ = []
+module("models.modeling_utils", preprocess_weights=preprocess_weights)
+imported = {name: globals()[name] for name in RECORD["names"]}  # what is in builder.py, whatever module it is from
+module("builder", BuildConfig=BuildConfig, Engine=Engine, build=build, **imported)
 '''
 
 
@@ -167,6 +189,12 @@ def install(folder: Path, recorded: str, *, version: str | None = None) -> dict[
     metadata = f"Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: {version or recorded + '.0'}\n"
     (info / "METADATA").write_text(metadata)
     return {"PYTHONPATH": str(package.parent), "STAND_IN_CALLS": str(folder / "calls")}
+
+
+def record_of(recorded: str) -> dict[str, Any]:
+    """What was recorded of a release."""
+    record: dict[str, Any] = json.loads((SIGNATURES / f"{recorded}.json").read_text())
+    return record
 
 
 def gpus(folder: Path, *capabilities: str) -> dict[str, str]:

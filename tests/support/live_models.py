@@ -24,6 +24,8 @@ Weights = tuple[list[dict[str, Any]], list[Any]]
 def main() -> None:
     import make_checkpoint
     import megatron_on_cpu
+
+    megatron_on_cpu.hide_gpus()
     import torch
     from megatron.core.models.gpt import GPTModel  # noqa: F401  imported before the fork
     from torch.multiprocessing.spawn import start_processes

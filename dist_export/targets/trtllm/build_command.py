@@ -14,7 +14,7 @@ def fitting_options(config: Mapping[str, Any]) -> dict[str, str]:
 
     ``max_seq_len``: left out, it becomes the positions times the factor of the rotary scaling, in 0.14 also where
     ``max_position_embeddings`` counts it already (llama3). ``max_num_tokens`` is never more than all sequences have.
-    Paged context attention, on by default from 1.0, refuses INT8 caches, and FP8 ones beside weights that are not FP8
+    Paged context attention, on by default from 0.19, refuses INT8 caches, and FP8 ones beside weights that are not FP8
     (tensorrt_llm/builder.py, `_init_max_seq_len` and `build`).
     """
     options = {}
