@@ -109,9 +109,7 @@ def _hint(modules: list[ModuleName], known: set[ModuleName]) -> str:
     return f"export them in the export's own element type with {shown}; or give --calibration FILE with their amax"
 
 
-def kv_cache_scheme(
-    modelopt: ModeloptScheme | None, num_layers: int, asked: str, scale: float | None
-) -> KvScheme:
+def kv_cache_scheme(modelopt: ModeloptScheme | None, num_layers: int, asked: str, scale: float | None) -> KvScheme:
     """How keys and values are stored: as asked (``auto``: as ModelOpt has it; FP8 where a scale is given).
 
     Raises `ExportError` for contradictions.

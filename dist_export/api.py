@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_export.checkpoint.adapters import is_adapter
-from dist_export.checkpoint.calibration import with_calibration
 from dist_export.checkpoint.open import Checkpoint, open_checkpoint
-from dist_export.families.mapping import CodeMapping, ModelMapping
 from dist_export.families.registry import choose_family
-from dist_export.models.adapters import updates_of
 from dist_export.models.catalog import SourceCatalog
 from dist_export.models.logical import LogicalModel
 from dist_export.models.provenance import ResolvedConfig
@@ -25,6 +22,9 @@ from dist_export.quantization import QuantizationOptions, States, decide, read_q
 from dist_export.targets.huggingface.target import HuggingFaceOptions
 from dist_export.targets.registry import target_of
 from dist_export.targets.trtllm.target import TrtllmOptions
+
+if TYPE_CHECKING:
+    from dist_export.families.mapping import CodeMapping, ModelMapping
 
 TargetOptions = TrtllmOptions | HuggingFaceOptions
 """What the user chooses of a target; its type says which one."""
@@ -85,6 +85,8 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
         master_weights=source.master_weights,
     )
     if source.calibration is not None:
+        from dist_export.checkpoint.calibration import with_calibration
+
         checkpoint = replace(checkpoint, index=with_calibration(checkpoint.index, source.calibration))
     shapes = checkpoint.index.shapes()
     quantizers = QuantizerTensors.of(shapes, lambda name: checkpoint.index.tensors[name].num_chunks)
@@ -97,6 +99,8 @@ def open_model(source: Source, checkpoint: Checkpoint | None = None) -> OpenedMo
         overrides=source.overrides,
     )
     if checkpoint.adapters is not None:
+        from dist_export.models.adapters import updates_of
+
         catalog.updates = updates_of(checkpoint.index, checkpoint.adapters, catalog, resolved.config)
     return OpenedModel(checkpoint, catalog, resolved, quantizers, source.quantization, source.mapping)
 

@@ -105,9 +105,7 @@ def _check_known(quantization: Quantization) -> None:
         )
 
 
-def _modules(
-    quantization: Quantization, rules: Sequence[TargetRule], layout: TargetLayout
-) -> list[TargetModule]:
+def _modules(quantization: Quantization, rules: Sequence[TargetRule], layout: TargetLayout) -> list[TargetModule]:
     """The linears of all stages."""
     stages = (enumerate(layout.layers(stage * layout.tp_size)) for stage in range(layout.pp_size))
     return [module for layers in stages for module in target_modules(rules, quantization, layers)]
