@@ -172,6 +172,22 @@ def _refit(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    _load_numpy()
     from dist_export.launcher import export_locally
 
     return export_locally(options)
+
+
+def _load_numpy() -> None:
+    """Import numpy without the threads of its linear algebra, which nothing here uses: they spin beside the work.
+
+    The variable is read when the library is loaded; programs that are started later do not see it.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if name in os.environ:
+        return
+    os.environ[name] = "1"
+    try:
+        import numpy  # noqa: F401
+    finally:
+        del os.environ[name]

@@ -6,15 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
-from dist_export.activation_scales import InputScales, kv_cache_scheme, te_input_scales, with_kv_cache
-from dist_export.checkpoint.extra_state_records import read_states
 from dist_export.checkpoint.modelopt_files import read_modelopt_files
-from dist_export.checkpoint.modelopt_state import ModeloptScheme, modelopt_scheme_of
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
-from dist_export.checkpoint.te_states import ExpertGroups, TeScales, te_scales_of
 from dist_export.errors import ExportError, Faults
 from dist_export.models.logical import LogicalModel
 from dist_export.models.quantization import (
@@ -25,6 +22,10 @@ from dist_export.models.quantization import (
     QuantizerTensors,
     is_linear,
 )
+
+if TYPE_CHECKING:
+    from dist_export.checkpoint.modelopt_state import ModeloptScheme
+    from dist_export.checkpoint.te_states import TeScales
 
 AUTO, NONE = "auto", "none"
 ASKED: Mapping[str, Scheme] = {
@@ -78,8 +79,9 @@ class QuantizationOptions:
 class States:
     """What a checkpoint says of its quantisation."""
 
-    modelopt: ModeloptScheme | None
-    te: TeScales
+    modelopt: ModeloptScheme | None = None
+    te: TeScales | None = None
+    """None where nothing asked for them."""
 
 
 def read_quantiser_states(checkpoint: Checkpoint, tensors: QuantizerTensors, options: QuantizationOptions) -> States:
@@ -91,7 +93,12 @@ def read_quantiser_states(checkpoint: Checkpoint, tensors: QuantizerTensors, opt
     saved = read_modelopt_files(checkpoint.index)
     quantised = saved is not None or bool(tensors.names)
     if not quantised and options == replace(QuantizationOptions(), exclude=options.exclude):
-        return States(None, TeScales())
+        return States()
+    # Imported here, since most exports quantise nothing.
+    from dist_export.checkpoint.extra_state_records import read_states
+    from dist_export.checkpoint.modelopt_state import modelopt_scheme_of
+    from dist_export.checkpoint.te_states import ExpertGroups, te_scales_of
+
     states = list(read_states(checkpoint.index))
     groups = ExpertGroups.of_arguments(checkpoint.arguments)
     te = te_scales_of(states, **asdict(groups), te_version=options.te_release)
@@ -107,6 +114,10 @@ def decide(
     be exported, and for activations without a scale.
     """
     modules = _included(logical, options.exclude)
+    if states.te is None:  # nothing asks for it
+        return None
+    from dist_export.activation_scales import kv_cache_scheme, with_kv_cache
+
     if options.algorithm == NONE:
         _refuse_smoothed(tensors)
         found = None
@@ -203,8 +214,11 @@ def _asked(
         _require_smoothing(tensors, modules, options.algorithm)
     else:
         _refuse_smoothing(tensors, f"--quantization {options.algorithm} leaves weights as they are")
+    from dist_export.activation_scales import InputScales, te_input_scales
+
     inputs = InputScales()
     if scheme is Scheme.FP8:
+        assert states.te is not None, "the states are read where a scheme is asked for"
         inputs = te_input_scales(states.te, tensors, modules)
     elif scheme in STATIC_INPUT:
         _require_amax(tensors, modules, options.algorithm)
