@@ -10,7 +10,8 @@ Makes a real Megatron checkpoint once (launch/make_checkpoint.py, tp 2) and keep
 
 Both write new files on the same file system, into a folder that is removed (and synced) outside the
 timing. The page cache holds the source (warm), or is dropped before every run (--cold, needs root).
-"net" takes off what starting Python and importing the exporter costs, measured in the same run.
+"net" takes off what starting Python and importing the exporter costs, measured in the same run. Python finds its
+modules compiled, as after an installation, whatever the caller's environment says.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ MODELS = {
     ),
 }
 """Name on the command line -> folder in the cache, options of launch/make_checkpoint.py."""
+BYTECODE = Path(tempfile.gettempdir()) / f"dist_export_benchmarks_{os.getuid()}"
 START = "import dist_export.launcher, dist_export.api"
 
 
@@ -54,8 +56,9 @@ def make_checkpoint(cache: Path, model: str = "2gb") -> Path:
 
 
 def timed(command: list[str]) -> float:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
     begun = time.monotonic()
-    subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env=environment)
     return time.monotonic() - begun
 
 
@@ -116,6 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(options.cache, options.model)
+    timed([sys.executable, "-c", START])
     with tempfile.TemporaryDirectory(dir=options.cache) as work:
         rows = [compare(checkpoint, Path(work), tp, options) for tp in options.tp]
     print("| " + " | ".join(rows[0]) + " |")

@@ -17,6 +17,7 @@ All start from the same real 2 GB Megatron checkpoint and end with the files on 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -26,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from against_copy import REPOSITORY, make_checkpoint
+from against_copy import START, make_checkpoint, timed
 
 MEGATRON = """
 import logging, os, resource, sys, time, types, warnings
@@ -105,14 +106,10 @@ def run_program(program: str, *arguments: object) -> tuple[float, float, int]:
 def run_export(checkpoint: Path, target: Path, tp: int) -> tuple[float, float, int]:
     """The same of an export; its start is that of an interpreter which imports the exporter and does nothing."""
     command = [sys.executable, "-m", "dist_export", "export", str(checkpoint), str(target), "--tp", str(tp)]
-    begun = time.monotonic()
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    whole = time.monotonic() - begun
-    assert status == 0, f"the export ended with {status}"
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import dist_export.launcher, dist_export.api"], check=True, cwd=REPOSITORY)
-    return whole, whole - (time.monotonic() - begun), usage.ru_maxrss * 1024
+    whole = timed(command)
+    start = timed([sys.executable, "-c", START])
+    processes = json.loads((target / "export_manifest.json").read_text())["run"]["processes"]
+    return whole, whole - start, sum(process["peak_memory"] for process in processes)
 
 
 def main() -> None:
