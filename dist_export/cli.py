@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -33,6 +34,8 @@ EPILOG = """examples:
   torchrun --nproc-per-node 8 launch/export.py /checkpoints/run1 /exports/run1 --tp 4 --pp 2
 """
 
+GARBAGE_AFTER = 100_000
+"""Objects made between two searches for cycles: plans are many small objects, and have none."""
 INSTALL_TORCH = "run: pip install 'dist-export[torch]'"
 
 
@@ -172,6 +175,7 @@ def _refit(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    gc.set_threshold(GARBAGE_AFTER)
     _load_numpy()
     from dist_export.launcher import export_locally
 

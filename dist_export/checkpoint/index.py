@@ -128,6 +128,10 @@ class TensorTable(Mapping[str, TensorInfo]):
         return result
 
 
+MANY_CHUNKS = 64
+"""Of one tensor, from which on looking at all of them costs more than finding the few that matter."""
+
+
 class CheckpointIndex:
     """All model tensors of a checkpoint. Made by an `IndexBuilder` or from a buffer; read-only."""
 
@@ -149,6 +153,7 @@ class CheckpointIndex:
         self._first_chunks = _starts(columns.num_chunks)
         self._first_bounds = _starts(columns.num_chunks * columns.num_dims)
         self._strides = _strides_of(columns)
+        self._led: dict[int, tuple[int, dict[Shape, list[int]]]] = {}
 
     @property
     def origin(self) -> Path:
@@ -188,9 +193,30 @@ class CheckpointIndex:
         boxes, first = self._boxes_of(row), int(self._first_chunks[row])
         if box is None:
             return [self._chunk(first + number, boxes[number]) for number in range(len(boxes))]
+        return [self._chunk(first + number, boxes[number]) for number in self._touching(row, boxes, box)]
+
+    def _touching(self, row: int, boxes: Int64, box: Box) -> list[int]:
+        """Numbers of a tensor's chunks that share an element with `box`."""
+        if len(boxes) >= MANY_CHUNKS:
+            depth, led = self._leading(row, boxes)
+            if depth and box.size[:depth] == (1,) * depth:
+                near = led.get(box.start[:depth], [])
+                return [near[number] for number in _touching(boxes[near], box)] if near else []
         low, high = self._candidates(row, boxes, box)
-        found = (low + number for number in _touching(boxes[low:high], box))
-        return [self._chunk(first + number, boxes[number]) for number in found]
+        return [low + number for number in _touching(boxes[low:high], box)]
+
+    def _leading(self, row: int, boxes: Int64) -> tuple[int, dict[Shape, list[int]]]:
+        """(number of leading dims along which every chunk is one element, chunks by their place there): of stacked
+        layers and experts, each of which is asked for by itself."""
+        if row not in self._led:
+            depth = 0
+            while depth < min(2, boxes.shape[1]) and (boxes[:, depth, 1] == 1).all():
+                depth += 1
+            led: dict[Shape, list[int]] = {}
+            for number, start in enumerate(boxes[:, :depth, 0].tolist() if depth else ()):
+                led.setdefault(tuple(start), []).append(number)
+            self._led[row] = depth, led
+        return self._led[row]
 
     def first_place(self, name: str, box: Box) -> tuple[int, int]:
         """(file, offset) of the first chunk that shares an element with `box`: an order to read in."""
@@ -236,7 +262,7 @@ class CheckpointIndex:
 
     def _candidates(self, row: int, boxes: Int64, box: Box) -> tuple[int, int]:
         """The chunks, in order of their starts, of which none before or behind can touch `box` along dim 0."""
-        if not box.start or len(boxes) < 64:
+        if not box.start or len(boxes) < MANY_CHUNKS:
             return 0, len(boxes)
         lowest = box.start[0] - int(self._columns.reach[row]) + 1
         low = bisect_left(range(len(boxes)), lowest, key=lambda i: int(boxes[i, 0, 0]))

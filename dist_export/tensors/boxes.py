@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import add, sub
 
 Shape = tuple[int, ...]
 
@@ -34,21 +35,22 @@ class Box:
     @property
     def stop(self) -> Shape:
         """Exclusive end per dim."""
-        return tuple(a + n for a, n in zip(self.start, self.size, strict=True))
+        return tuple(map(add, self.start, self.size))
 
     def shifted(self, by: Shape) -> Box:
         """The same box moved by `by` elements per dim."""
-        return Box(tuple(a + b for a, b in zip(self.start, by, strict=True)), self.size)
+        return Box(tuple(map(add, self.start, by)), self.size)
 
     def relative_to(self, origin: Shape) -> Box:
         """The same box seen from `origin`."""
-        return Box(tuple(a - b for a, b in zip(self.start, origin, strict=True)), self.size)
+        return Box(tuple(map(sub, self.start, origin)), self.size)
 
     def intersection(self, other: Box) -> Box | None:
         """The common region, or None when there is none."""
         start, size = [], []
         for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True):
-            low, high = max(a, b), min(a + n, b + m)
+            low = a if a > b else b
+            high = a + n if a + n < b + m else b + m
             if high <= low:
                 return None
             start.append(low)

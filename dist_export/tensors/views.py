@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Box, Shape, partition_faults
@@ -126,7 +127,7 @@ def _clip(piece: Piece, window: Box) -> list[Piece]:
     inner = common.relative_to(piece.box.start)
     # A stacked view has one dim more than its slab: the extra leading dim has size 1 in every piece.
     extra = len(inner.start) - len(piece.source_start)
-    start = tuple(a + b for a, b in zip(piece.source_start, inner.start[extra:], strict=True))
+    start = tuple(map(add, piece.source_start, inner.start[extra:]))
     return [Piece(common.relative_to(window.start), piece.slab, start)]
 
 
