@@ -1,8 +1,8 @@
 """Time an export against Megatron-Core's own exporter and against torch's checkpoint load and save, in one run.
 
-    python tests/benchmarks/against_megatron.py [--cache DIR] [--runs 3] [--tp 2]
+    python tests/benchmarks/against_megatron.py [--cache DIR] [--runs 3] [--tp 2] [--model 2gb|8gb]
 
-All start from the same real 2 GB Megatron checkpoint and end with the files on disk (fsync), interleaved:
+All start from the same real Megatron checkpoint of 2 or 8 GB and end with the files on disk (fsync), interleaved:
 
   export    `dist-export export`: rank files and config.json
   megatron  `dist_checkpointing.load_plain_tensors` of the whole model, Megatron-Core's single-device TensorRT-LLM
@@ -51,9 +51,10 @@ source, target, tp = sys.argv[1], sys.argv[2], int(sys.argv[3])
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 dist.init_process_group("gloo", init_method=f"file://{target}.rendezvous", rank=0, world_size=1)
 weights = {k: v for k, v in dist_checkpointing.load_plain_tensors(source).items() if isinstance(v, torch.Tensor)}
-config = TransformerConfig(num_layers=16, hidden_size=2048, num_attention_heads=32, num_query_groups=8, kv_channels=64,
-                           ffn_hidden_size=7168, normalization="RMSNorm", gated_linear_unit=True,
-                           activation_func=torch.nn.functional.silu)
+layers, hidden, ffn = map(int, sys.argv[4:])
+config = TransformerConfig(num_layers=layers, hidden_size=hidden, num_attention_heads=32, num_query_groups=8,
+                           kv_channels=hidden // 32, ffn_hidden_size=ffn, normalization="RMSNorm",
+                           gated_linear_unit=True, activation_func=torch.nn.functional.silu)
 converter = single.SingleDeviceTRTLLMModelWeightsConverter(
     ExportConfig(inference_tp_size=tp), config, DataType.bfloat16, activation="swiglu")
 converter.convert(weights, DEFAULT_CONVERSION_DICT, state_dict_split_by_layer_numbers=False)
@@ -92,6 +93,9 @@ print(time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_ma
 os._exit(0)
 """
 
+SIZES = {"2gb": (16, 2048, 7168), "8gb": (20, 4096, 11008)}
+"""Layers, hidden size and ffn size of the models of against_copy.py."""
+
 
 def run_program(program: str, *arguments: object) -> tuple[float, float, int]:
     """(whole seconds, net seconds, peak bytes) of a program in an interpreter of its own."""
@@ -118,9 +122,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default_cache)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--model", choices=SIZES, default="2gb")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
-    checkpoint = make_checkpoint(options.cache)
+    checkpoint = make_checkpoint(options.cache, options.model)
     (source,) = checkpoint.glob("iter_*")
     found: dict[str, list[tuple[float, float, int]]] = {"export": [], "megatron": [], "dcp": []}
     with tempfile.TemporaryDirectory(dir=options.cache) as work:
@@ -131,7 +136,7 @@ def main() -> None:
                     found[name].append(run_export(checkpoint, target, options.tp))
                 else:
                     program = MEGATRON if name == "megatron" else DCP
-                    found[name].append(run_program(program, source, target, options.tp))
+                    found[name].append(run_program(program, source, target, options.tp, *SIZES[options.model]))
                 shutil.rmtree(target)
                 os.sync()
     ours = [statistics.median(values) for values in zip(*found["export"], strict=True)]

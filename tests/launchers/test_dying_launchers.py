@@ -17,7 +17,8 @@ pytest.importorskip("torch")
 from support.exports import run_command
 from support.faulty_runs import MOST_SECONDS, staged, weights
 from support.launched import LAYOUT, finish, processes_with, start, wait_until_gone
-from test_mpi import SCRIPT, find_mpirun
+from support.mpiruns import find_mpirun
+from test_mpi import SCRIPT
 from test_torchrun_agents import ADDRESSES, addresses, start_agents
 
 __all__ = ["addresses"]  # a fixture
