@@ -17,8 +17,9 @@ def main() -> None:
     code = run()
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed by whoever started this
+                stream.flush()
     except OSError:  # nobody reads what was printed
         code = code or 1
     os._exit(code)

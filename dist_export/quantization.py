@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
-from dist_export.checkpoint.modelopt_files import read_modelopt_files
+from dist_export.checkpoint.modelopt_files import read_modelopt_files, tells_of_modelopt
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
@@ -88,10 +88,11 @@ def read_quantiser_states(checkpoint: Checkpoint, tensors: QuantizerTensors, opt
     """Read the layers' states and ModelOpt's files. `ExportError` for what cannot be read.
 
     The layers' states are not opened for an export that nothing asks to quantise: no option, no quantiser's tensor, no
-    file of ModelOpt. Every layer has one, and TransformerEngine writes them in training of any kind.
+    file of ModelOpt, nor its name in a few of the states. Every layer has one, and TransformerEngine writes them in
+    training of any kind.
     """
     saved = read_modelopt_files(checkpoint.index)
-    quantised = saved is not None or bool(tensors.names)
+    quantised = saved is not None or bool(tensors.names) or tells_of_modelopt(checkpoint.index)
     if not quantised and options == replace(QuantizationOptions(), exclude=options.exclude):
         return States()
     # Imported here, since most exports quantise nothing.

@@ -18,6 +18,7 @@ from dist_export.models.quantization import Quantization
 from dist_export.plan.work import WorkItem
 from dist_export.runtime.collective import all_reduce_max
 from dist_export.runtime.group import Group
+from dist_export.runtime.watch import Watcher
 
 KEPT = "scales.json"
 """In the staging folder: what a resumed run goes on with."""
@@ -62,7 +63,7 @@ def find_scales(
         reader = ViewReader(sources, index.shapes(), quantization.logical.catalog.updates)
         mine = share(entries, group.rank, group.world_size)
         values = find(entries, mine, reader)
-        again = measure(entries, items, sources, keep=keep, values=values)
+        again = measure(entries, items, sources, keep=keep, values=values, observer=Watcher(group))
         table = table_of(entries, all_reduce_max(values, group, step="scales", device=device), quantization)
         if file is not None:
             _write(file, table)

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_export.checkpoint.modelopt_files import MODELOPT_KEY
 from dist_export.checkpoint.pickles import Record
 from dist_export.checkpoint.saved_bytes import SavedBytes, read_bytes
 from dist_export.errors import ExportError
 
 Float32 = npt.NDArray[np.float32]
 
-MODELOPT_KEY = "modelopt_quantizer_state"
 _LIST_LENGTH = 10
 _MOST_NESTED = 6  # a list in a record, bytes in it, ModelOpt's dict, TransformerEngine's bytes in that
 _NEWER_THAN_2_2 = "backward_override"  # a field of the recipe from TransformerEngine 2.15 on

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dist_export.checkpoint.archive import open_tar
 from dist_export.checkpoint.file_tree import FileTree
-from dist_export.checkpoint.index import CheckpointIndex, without_wrapper_prefix
+from dist_export.checkpoint.index import CheckpointIndex, ObjectRecord, without_wrapper_prefix
 from dist_export.checkpoint.metadata_records import BytesStorageMetadata
 from dist_export.checkpoint.pickles import load_metadata_pickle
 from dist_export.checkpoint.rank_states import read_saved_keys
@@ -19,6 +21,9 @@ from dist_export.checkpoint.torch_dist import COMMON_STATE
 from dist_export.errors import ExportError
 
 FOLDER = "modelopt_state"
+MODELOPT_KEY = "modelopt_quantizer_state"
+"""In the state of a layer whose quantisers ModelOpt has set."""
+_MOST_LOOKED_AT = 1 << 18
 _LEGACY = "legacy"
 _MOST_METADATA = 1 << 21
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -51,6 +56,26 @@ def read_modelopt_files(index: CheckpointIndex) -> SavedModelopt | None:
     else:
         common = records.pop(COMMON_STATE, None)
     return _saved(common, tree.where("common state"), quantizers=dict(_quantizers_of(records)))
+
+
+def tells_of_modelopt(index: CheckpointIndex) -> bool:
+    """Whether the state of some layer was written by ModelOpt, as one of each kind of module shows: for a checkpoint of
+    which the ``modelopt_state`` folder was not copied along."""
+    found: dict[str, ObjectRecord] = {}
+    for name, record in index.objects.items():
+        module, state, _ = name.partition("._extra_state")
+        if state:
+            found.setdefault(re.sub(r"\d+", "", module), record)
+    return any(MODELOPT_KEY.encode() in _begins(index.path(record.file), record) for record in found.values())
+
+
+def _begins(path: Path, record: ObjectRecord) -> bytes:
+    """The first bytes of an object; none where they cannot be read, which those who need them will tell."""
+    try:
+        with path.open("rb") as file:
+            return os.pread(file.fileno(), min(record.length, _MOST_LOOKED_AT), record.offset)
+    except OSError:
+        return b""
 
 
 def _tree(index: CheckpointIndex) -> FileTree | None:

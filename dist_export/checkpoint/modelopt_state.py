@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_export.checkpoint.extra_state import MODELOPT_KEY, ExtraState
+from dist_export.checkpoint.extra_state import ExtraState
 from dist_export.checkpoint.extra_state_records import StateRecord, read_states
 from dist_export.checkpoint.index import CheckpointIndex
-from dist_export.checkpoint.modelopt_files import SavedModelopt, read_modelopt_files
+from dist_export.checkpoint.modelopt_files import MODELOPT_KEY, SavedModelopt, read_modelopt_files
 from dist_export.checkpoint.modelopt_rules import ConfigRule, apply_rules, config_rules
 from dist_export.checkpoint.quantizer_names import ModuleName, module_name
 from dist_export.checkpoint.quantizer_scheme import (

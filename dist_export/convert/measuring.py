@@ -21,6 +21,7 @@ from dist_export.convert.execute import (
     HOST_COPIES,
     PINNED_COPIES,
     TILE_BYTES,
+    Observer,
 )
 from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.scale_table import MEASURE_BYTES, Entry, Float32, magnitudes
@@ -113,7 +114,13 @@ def _weight_bytes(item: WorkItem) -> int:
 
 
 def measure(
-    entries: Sequence[Entry], items: Sequence[WorkItem], sources: SourceFiles, *, keep: KeptBytes, values: Float32
+    entries: Sequence[Entry],
+    items: Sequence[WorkItem],
+    sources: SourceFiles,
+    *,
+    keep: KeptBytes,
+    values: Float32,
+    observer: Observer,
 ) -> int:
     """Amax of what this process transfers, into `values` (as `scale_table.find` has them). What is read is put into
     `keep`. Returns the bytes that will have to be read again. Raises `ExportError` for files that end too early.
@@ -126,13 +133,15 @@ def measure(
         number = slabs[item.slab]
         found = values[starts[number] : starts[number + 1]]
         for tile, parts, is_kept in _tiles(item, sources, keep):
-            again += 0 if is_kept else sum(block.nbytes for _, block in parts)
+            num_bytes = sum(block.nbytes for _, block in parts)
+            again += 0 if is_kept else num_bytes
             if item.update is not None:
                 merger.merge(tile, parts)
             rows = slice(*tile.rows) if entries[number].num_rows else slice(None)
             axis = 1 if entries[number].num_rows else None
             for _, block in parts:
                 found[rows] = np.maximum(found[rows], magnitudes(block, item.dtype, axis=axis))  # keeps NaN
+            observer.progress(num_bytes, 0)
     return again
 
 

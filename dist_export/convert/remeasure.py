@@ -58,4 +58,4 @@ def _measure(executor: Executor, merger: LowRankMerger, item: WorkItem, use: Use
     shift = use.row - use.source[0]
     place = (rows[0] + shift, rows[1] + shift, use.column, use.column + right - left)
     with executor.encoder.begin(use.output.planned, np.ascontiguousarray(block), place, key=use.output.key):
-        pass
+        executor.observer.progress(block.nbytes, 0)

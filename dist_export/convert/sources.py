@@ -185,10 +185,13 @@ class SourceFiles:
 
     def _take(self, file: int) -> int:
         """An open descriptor of a file, kept from being closed until `_release`."""
-        if self._closes_none and file in self._opened:
-            return self._opened[file].descriptor
+        opened = self._opened.get(file)
+        if opened is not None and self._closes_none:
+            return opened.descriptor
         with self._lock:
-            opened = self._opened.pop(file, None) or _Opened(_open(self.index.path(file)))
+            opened = self._opened.get(file) or _Opened(_open(self.index.path(file)))
+            if not self._closes_none:
+                self._opened.pop(file, None)
             self._opened[file] = opened  # last in order: most recently used
             opened.users += 1
             self._close_unused()
