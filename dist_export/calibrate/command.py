@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from dist_export import api, texts
 from dist_export.arguments import overrides_of
 from dist_export.calibrate.layout import Layout, choose_layout
-from dist_export.calibrate.ranks import failing_together, shared_store, union
+from dist_export.calibrate.ranks import failing_together, union
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig
 from dist_export.quantization import QuantizationOptions
 from dist_export.runtime import exit_codes
+from dist_export.runtime.collective import shared_store
 from dist_export.runtime.group import Group
 from dist_export.runtime.run import run_here
 from dist_export.runtime.world import detect_world
@@ -152,7 +153,7 @@ def _run(
     from dist_export.verify.megatron_environment import Ranks
 
     index, device = model.checkpoint.index, _device_of(options.device, group)
-    ranks = Ranks(group.rank, layout.tp, layout.pp, shared_store(group))
+    ranks = Ranks(group.rank, layout.tp, layout.pp, shared_store(group) if group.world_size > 1 else None)
 
     def read(key: str, box: Box) -> torch.Tensor:
         found = read_box(files, key, box)
@@ -209,6 +210,7 @@ def _device_of(name: str, group: Group) -> str:
             count = f"{torch.cuda.device_count()} GPUs, {group.world.local_world_size} processes"
             raise ExportError(f"--device {name}: each process takes one GPU (--device cuda); here are {count}")
         name = f"cuda:{group.world.local_rank}"
+    name = "cuda:0" if name == "cuda" else name
     torch.cuda.set_device(name)
     return name
 

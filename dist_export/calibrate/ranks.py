@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
-from datetime import timedelta
-from typing import Any
 
 from dist_export.runtime.failure import PeerFailedError
 from dist_export.runtime.group import Group
 from dist_export.runtime.monitor import Timing
 
-_CONNECT_WITHIN = timedelta(seconds=120)
 _LOST_PEER = ("by peer", "Broken pipe", "NCCL")
 """What torch's errors say when the other end of a connection is gone."""
-
-
-def shared_store(group: Group) -> Any | None:
-    """A store of torch's that every rank reaches and rank 0 hosts; None for one process. All ranks call it."""
-    if group.world_size == 1:
-        return None
-    TCPStore: Any = importlib.import_module("torch.distributed").TCPStore  # noqa: N806
-    store, told = None, None
-    if group.rank == 0:
-        alone = group.world.local_world_size == group.world_size
-        host = "127.0.0.1" if alone else os.environ.get("MASTER_ADDR") or socket.gethostname()
-        store = TCPStore(host, 0, is_master=True, timeout=_CONNECT_WITHIN, wait_for_workers=False)
-        told = json.dumps([host, store.port]).encode()
-    host, port = json.loads(group.broadcast("torch store", told))
-    return store or TCPStore(host, port, is_master=False, timeout=_CONNECT_WITHIN)
 
 
 def union(group: Group, keys: set[str], *, step: str) -> set[str]:

@@ -18,14 +18,22 @@ if TYPE_CHECKING:
 def device_of(asked: str, local_rank: int) -> str:
     """The torch device that ``--device`` means for a process; ``auto`` imports torch to find out.
 
-    Raises `ExportError` where torch is not installed.
+    ``cuda`` is a GPU of the process's own as far as there are enough. Raises `ExportError` where torch is not
+    installed, and for a device that is not there.
     """
     _require_torch()
-    if asked != "auto":
+    if asked == "cpu":
         return asked
-    from dist_export.convert.torch_lanes import default_device
+    from dist_export.convert.torch_lanes import default_device, num_gpus
 
-    return default_device(local_rank)
+    if asked == "auto":
+        return default_device(local_rank)
+    kind, _, number = asked.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise ExportError(f"--device {asked}: expected auto, cpu, cuda or cuda:N")
+    if int(number or 0) >= num_gpus():
+        raise ExportError(f"--device {asked}: torch finds {num_gpus()} GPUs here; use auto or cpu")
+    return asked if number else default_device(local_rank)
 
 
 def converter_for(uses: Sequence[Use], asked: str, lanes: Callable[[], Lanes]) -> Converter:

@@ -290,7 +290,7 @@ def _e2m1_codes(values: torch.Tensor) -> torch.Tensor:
 
 def _e2m1_decoded(values: torch.Tensor) -> torch.Tensor:
     steps = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    table = torch.tensor([*steps, *(-step for step in steps)], device=values.device)
+    table = torch.tensor([*steps, *(-step for step in steps)]).to(values.device, non_blocking=True)
     return table[_e2m1_codes(values).long()]
 
 
@@ -330,8 +330,7 @@ def _measured(codes: Codes, weights: torch.Tensor, scales: torch.Tensor, rows: S
         scales = (_block_scales(weights, scales).float() * scales).repeat_interleave(BLOCK, -1)
     decode, limit = _DECODED[codes]
     quotients = weights / scales
-    noise = (decode(quotients) * scales - weights).reshape(-1)
-    signal, noise = torch.dot(weights.reshape(-1), weights.reshape(-1)), torch.dot(noise, noise)
+    signal, noise = weights.square().sum(), (decode(quotients) * scales - weights).square().sum()
     beyond = (quotients.abs() > limit).sum()
     num = torch.full((), float(weights.numel()), device=weights.device)
     return torch.stack([each.double() for each in (num, beyond, signal, noise, smallest, largest)])

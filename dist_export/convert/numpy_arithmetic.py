@@ -66,7 +66,8 @@ _OPERATIONS: dict[ValueOp, Callable[[Float32], Float32]] = {
 def to_float32(raw: npt.NDArray[Any], dtype: DType) -> Float32:
     """Exact: every float16 and bfloat16 is a float32."""
     if dtype is BFLOAT16:
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        wide: Float32 = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)  # numpy 1 makes int64 of a bare 16
+        return wide
     return raw.view(np.float16 if dtype is FLOAT16 else np.float32).astype(np.float32, copy=False)
 
 
@@ -76,7 +77,9 @@ def from_float32(values: Float32, dtype: DType) -> npt.NDArray[Any]:
         return values.view(np.uint32)
     if dtype is FLOAT16:
         with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint16)
+            halves = values.astype(np.float16).view(np.uint16)
+        nan = np.isnan(values)
+        return np.where(nan, np.uint16(0x7E00), halves) if nan.any() else halves
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

@@ -19,6 +19,7 @@ from dist_export.convert.overflow import overflow_error
 from dist_export.convert.torch_lanes import Bytes, HostLanes, Lanes, Pending
 from dist_export.models.value_ops import ValueOp
 from dist_export.plan.shard import PlannedTensor
+from dist_export.tensors.dtypes import BFLOAT16, FLOAT16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +50,23 @@ class TorchArithmetic:
 _OPERATIONS = {ValueOp.ADD_ONE: lambda values: values + 1, ValueOp.SUBTRACT_ONE: lambda values: values - 1}
 
 
+_SPECIAL = {BFLOAT16: (0x7F80, 0x7FC0), FLOAT16: (0x7C00, 0x7E00)}
+"""Bits of infinity and of the NaN that is written."""
+
+
 def _work(planned: PlannedTensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
     """The target's elements, and what `_finish` looks at: the number of values lost to infinity and the largest."""
     for op in planned.values:
         values = _OPERATIONS[op](values)
     target = values.to(getattr(torch, planned.dtype.name))
-    if planned.dtype.itemsize >= 4 or not values.numel():
+    if target is values or planned.dtype not in _SPECIAL or planned.source_dtype.itemsize == 1 or not values.numel():
         return (target,)
-    infinite = torch.isinf(target)
-    if values.device.type == "cpu" and not infinite.any():  # on a GPU asking would wait
+    infinity, quiet_nan = _SPECIAL[planned.dtype]
+    bits = target.view(torch.int16)
+    if values.device.type == "cpu" and int((bits & 0x7FFF).max()) < infinity:  # on a GPU asking would wait
         return (target,)
-    lost = infinite & torch.isfinite(values)
+    bits.masked_fill_(torch.isnan(values), quiet_nan)  # of which every processor has its own
+    lost = torch.isinf(target) & torch.isfinite(values)
     largest = torch.where(lost, values, torch.zeros_like(values)).abs().max()
     return target, torch.stack((lost.sum().double(), largest.double()))
 

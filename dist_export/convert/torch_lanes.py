@@ -104,7 +104,7 @@ class _Ring:
 
 
 class CudaLanes:
-    """A GPU. `num_bytes` bounds what torch allocates there for this process."""
+    """A GPU, with its number. `num_bytes` bounds what torch allocates there for this process."""
 
     in_flight = BLOCKS_IN_FLIGHT
 
@@ -137,6 +137,7 @@ class CudaLanes:
     def _ring(self) -> _Ring:
         ring: _Ring | None = getattr(self._rings, "ring", None)
         if ring is None:
+            torch.cuda.set_device(self._device)  # of this thread: leaving a stream goes back to it, and starts it
             ring = self._rings.ring = _Ring([_Place() for _ in range(self.in_flight + 1)])
         return ring
 
@@ -178,7 +179,13 @@ def _landing(place: _Place, finish: Finish) -> Iterator[Bytes]:
 
 
 def _pinned(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise ExportError(
+            f"cannot pin {size} bytes of memory for a GPU ({error}); lower --host-memory or --num-threads, raise the "
+            "limit of locked memory, or use --device cpu"
+        ) from error
 
 
 def _starts(results: Sequence[torch.Tensor]) -> list[int]:
@@ -209,8 +216,11 @@ def lanes_on(device: str, *, device_memory: int = DEVICE_MEMORY) -> Lanes:
     return CudaLanes(device, num_bytes=device_memory)
 
 
+def num_gpus() -> int:
+    """GPUs that torch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def default_device(local_rank: int) -> str:
     """The GPU of this process where there is one (ranks beyond their number share them), else the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{local_rank % torch.cuda.device_count()}"
+    return f"cuda:{local_rank % num_gpus()}" if num_gpus() else "cpu"

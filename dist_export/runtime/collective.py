@@ -7,11 +7,12 @@ store (`Group.all_reduce_max`). The result is the same bit for bit: a maximum do
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_export.runtime.group import Group
 from dist_export.runtime.world import node_name
@@ -35,29 +36,36 @@ def all_reduce_max(
     places = group.gather(f"{step} devices", place)
     told = None
     if places is not None:
-        chosen = backend or ("nccl" if _all_have_own_gpu(places) and group.world_size > 1 else "")
-        told = json.dumps([chosen, *(_address(group) if chosen else ())]).encode()
-    chosen, *address = json.loads(group.broadcast(f"{step} backend", told))
+        told = (backend or ("nccl" if _all_have_own_gpu(places) and group.world_size > 1 else "")).encode()
+    chosen = group.broadcast(f"{step} backend", told).decode()
     if not chosen:
         return group.all_reduce_max(array, step=step)
-    return _reduced(array, group, backend=chosen, address=f"tcp://{address[0]}:{address[1]}", device=device)
+    return _reduced(array, group, backend=chosen, step=step, device=device)
 
 
 def _all_have_own_gpu(places: Sequence[bytes]) -> bool:
     return all(b'"cuda' in place for place in places) and len(set(places)) == len(places)
 
 
-def _address(group: Group) -> tuple[str, int]:
-    """Where rank 0 will listen. The port is free now; whoever takes it meanwhile makes the run fail, not go wrong."""
-    alone = group.world.local_world_size == group.world_size
-    host = "127.0.0.1" if alone else os.environ.get("MASTER_ADDR") or socket.gethostname()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, int(probe.getsockname()[1])
+def shared_store(group: Group, *, step: str = "torch store") -> Any:
+    """A store of torch's that every rank reaches and rank 0 hosts, on a port that is free. All ranks call it.
+
+    Not torch's own way of meeting: under torchrun that takes its agent's address for everyone's.
+    """
+    TCPStore: Any = importlib.import_module("torch.distributed").TCPStore  # noqa: N806
+    within = datetime.timedelta(seconds=TIMEOUT_S)
+    store, told = None, None
+    if group.rank == 0:
+        alone = group.world.local_world_size == group.world_size
+        host = "127.0.0.1" if alone else os.environ.get("MASTER_ADDR") or socket.gethostname()
+        store = TCPStore(host, 0, is_master=True, timeout=within, wait_for_workers=False)
+        told = json.dumps([host, store.port]).encode()
+    host, port = json.loads(group.broadcast(step, told))
+    return store or TCPStore(host, port, is_master=False, timeout=within)
 
 
 def _reduced(
-    array: npt.NDArray[np.float32], group: Group, *, backend: str, address: str, device: str
+    array: npt.NDArray[np.float32], group: Group, *, backend: str, step: str, device: str
 ) -> npt.NDArray[np.float32]:
     import numpy as np
     import torch
@@ -66,9 +74,8 @@ def _reduced(
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend, init_method=address, rank=group.rank, world_size=group.world_size, timeout=timeout
-    )
+    store = shared_store(group, step=f"{step} store")
+    dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.world_size, timeout=timeout)
     try:
         # NCCL's maximum drops NaN on some releases, so NaN travels as a flag of its own.
         values = torch.from_numpy(np.nan_to_num(array, nan=-np.inf, neginf=-np.inf, posinf=np.inf)).to(device)

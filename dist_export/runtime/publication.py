@@ -64,9 +64,12 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def check_no_refit(output: Path) -> None:
-    """Raise `ExportError` where a refit of `output` was stopped while it was applied: its files are partly new."""
-    for folder in (output, output.parent):
-        if (folder / REFIT).is_dir():
+    """Raise `ExportError` where a refit of `output` was stopped while it was applied: its files are partly new.
+
+    So are those of an output when it was a refit of a folder in it, or of the one that it lies in.
+    """
+    for folder in (*(_folders(output) if output.is_dir() else (output,)), output.parent):
+        if os.path.isdir(folder / REFIT):
             raise ExportError(
                 f"{folder}: a refit of this export is being applied, or was stopped while it was; "
                 f"if none is running, finish it: dist-export refit - {folder}"

@@ -50,7 +50,8 @@ def to_float32(raw: Block, dtype: DType) -> Float32:
         return raw.view(np.float32)
     if dtype is FLOAT16:
         return raw.view(np.float16).astype(np.float32)
-    return (raw.astype(np.uint32) << 16).view(np.float32)
+    wide: npt.NDArray[np.float32] = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wide
 
 
 def rounded(values: Float32, dtype: DType) -> Block:

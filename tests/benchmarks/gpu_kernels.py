@@ -102,6 +102,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU here")
+    if options.device == "cuda":
+        options.device = "cuda:0"
     torch.cuda.set_device(options.device)
     print(torch.cuda.get_device_name(options.device), "torch", torch.__version__)
     kernels(options.device, options.megabytes << 20, options.runs)

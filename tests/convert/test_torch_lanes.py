@@ -55,6 +55,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         Stream=Stream,
         Event=Event,
         stream=stream,
+        set_device=lambda device: None,
         OutOfMemoryError=torch.cuda.OutOfMemoryError,
         get_device_properties=lambda device: SimpleNamespace(total_memory=1 << 30),
         set_per_process_memory_fraction=lambda fraction, device: notes.append(f"fraction {fraction}"),

@@ -33,7 +33,8 @@ sys.exit(run_local(int(sys.argv[1]), main))
 
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_gloo_and_the_store_give_the_same_bits(num_processes: int, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(num_processes)], env=os.environ, capture_output=True, text=True, timeout=120
-    )
+    # As torchrun sets it: torch's own meeting place would wait for the agent's store at the address it is given.
+    environment = {**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, "-c", PROGRAM, str(num_processes)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
