@@ -162,6 +162,7 @@ class StagedFiles:
         with (self.shared / self.job.path(number)).open("rb") as file:
             while block := file.read(COPY_BYTES):
                 state.update(block)
+                self.group.progress.add(bytes_read=len(block))
                 self.group.check()
         return state.hexdigest()
 

@@ -80,15 +80,18 @@ class DeltaSession:
                 publication.check_output(self.base.output, overwrite=True)
                 self.base.check_writable()
                 staging = open_staging(self.base.output)
+                self.base.check_current()
             tensors = self._tensors()
             self.group.barrier("delta opened")
             files = self._compare(tensors)
             if staging is not None:
+                record = self._commit(staging.folder / PREPARED, files)
+                self.base.check_current()
                 staging.lease.check(staging.folder)
-                redo.commit(staging.folder / PREPARED, self.base.output, self._commit(staging.folder / PREPARED, files))
+                redo.commit(staging.folder / PREPARED, self.base.output, record)
             self.group.barrier("delta committed")
             grave = publication.staging_folder(self.base.output) / GRAVE
-            redo.apply(redo.Redo(self.base.output), self.group, grave=grave, step="delta")
+            redo.apply(self.base.output, self.group, grave=grave, step="delta")
         except Exception as error:
             if not isinstance(error, PeerFailedError):
                 self.group.fail(error)  # before the files vanish, or the others would report that instead
@@ -189,7 +192,8 @@ class DeltaSession:
             for name, digest in new.documents.items():
                 _copy(self.delta.path / new.folder / DOCUMENTS / name, target / name, digest)
             _check_config(old.path / CONFIG, target / CONFIG)
-            changes.append(old.change(target))
+            gone = sorted(set(old.manifest.get("copied") or ()) - set(new.documents))
+            changes.append(old.change(target, remove=gone))
         return redo.Commit(tuple(self._paths()), files.changes.logs, tuple(changes))
 
 
@@ -197,9 +201,9 @@ def _tensors_of(
     folder: Path, new: DeltaFolder, old: BaseFolder, name: str, number: int, manifest: dict[str, Any], faults: Faults
 ) -> Iterator[_Tensor]:
     """The tensors of one file, wherever they come from; what does not fit is added to `faults`."""
-    places = read_header(old.path / name)
+    places = _header(old.path / name)
     brought = new.files.get(name, {"num_bytes": 0, "tensors": {}})
-    sources = read_header(folder / name) if name in new.files and (folder / name).is_file() else {}
+    sources = _header(folder / name) if name in new.files and (folder / name).is_file() else {}
     wanted = manifest["files"].get(name, {}).get("tensors", {})
     if sources.keys() != brought["tensors"].keys():
         faults.add(f"{folder / name}: is missing, or holds other tensors than the index says")
@@ -213,6 +217,14 @@ def _tensors_of(
             faults.add(f"{name}: {tensor} is {source.dtype} {list(source.shape)}, expected {expected}")
         path = folder / name if tensor in sources else old.path / name
         yield _Tensor(number, name, tensor, path, source, place, str(wanted[tensor]["crc32"]))
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    """`read_header`, of a file that may be missing: other ranks come here before rank 0 has looked at all files."""
+    try:
+        return read_header(path)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}") from error
 
 
 def _share(tensors: Sequence[_Tensor], rank: int, world_size: int) -> list[_Tensor]:

@@ -39,8 +39,8 @@ def add_refit_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("where things are now (what was asked of them is in OUTPUT's manifest)")
     source.add_argument("--iteration", type=positive, metavar="N", help="this iteration instead of the latest")
     source.add_argument("--base", type=Path, metavar="DIR", help="the model that adapters were merged into")
-    source.add_argument("--calibration", type=Path, metavar="FILE", help="scales of the newer iteration, where the "
-                        "export was made with such a file")  # fmt: skip
+    source.add_argument("--calibration", type=Path, metavar="FILE", help="scales of the newer iteration; needed where "
+                        "the export was made with such a file")  # fmt: skip
     source.add_argument("--index-cache", type=Path, metavar="FILE", help="as of export")
     source.add_argument("--allow-mapping-code", action="store_true",
                         help="run the Python file that the export was made with")  # fmt: skip

@@ -19,7 +19,8 @@ from dist_export.plan.export import ExportPlan
 from dist_export.plan.job import ExportJob
 from dist_export.plan.shard import ShardPlan
 from dist_export.refit.redo import FolderChange, digest_of
-from dist_export.runtime.publication import CONFIG, MANIFEST
+from dist_export.runtime.publication import CONFIG, MANIFEST, check_no_refit
+from dist_export.targets.registry import TARGETS
 from dist_export.tensors.safetensors_format import read_header
 from dist_export.verify.files import read_manifest
 from dist_export.verify.run import find_exports, options_from_manifest, source_from_manifest
@@ -72,12 +73,12 @@ class Base:
             if not (path / CONFIG).is_file():
                 raise ExportError(f"{path}: has no {CONFIG}; it is an unfinished export: {ANEW}")
             name = "." if path == output else path.name
-            manifest, digest = read_manifest(path), digest_of(path / MANIFEST)
+            digest = digest_of(path / MANIFEST)  # first, so that `check_current` finds one that comes in between
+            manifest = read_manifest(path)
             folders.append(BaseFolder(name, path, manifest, digest, _content(path, manifest)))
-        base = cls(output, tuple(_in_order(folders)))
-        if any(_asked(each) != base.request for each in base.folders):
+        if any(_asked(each) != _asked(folders[0]) for each in folders):
             raise ExportError(f"{output}: its targets were exported differently; refit each of their folders by itself")
-        return base
+        return cls(output, tuple(_in_order(folders)))
 
     @property
     def request(self) -> dict[str, Any]:
@@ -104,7 +105,11 @@ class Base:
         index_cache: Path | None = None,
         code_allowed: bool = False,
     ) -> Source:
-        """The new checkpoint, read as the old one was. What is given here says where things are now."""
+        """The new checkpoint, read as the old one was. What is given here says where things are now.
+
+        Raises `ExportError` for a calibration that the export did not have, and where it had one and none is given: the
+        recorded file has the scales of the old weights.
+        """
         first = self.folders[0]
         source = source_from_manifest(checkpoint, first.manifest, base=base, code_allowed=code_allowed)
         said = first.manifest.get("model") or {}
@@ -114,11 +119,16 @@ class Base:
         }
         if calibration is not None and source.calibration is None:
             raise ExportError(f"--calibration {calibration}: the export was made without; {ANEW}")
+        if calibration is None and source.calibration is not None:
+            raise ExportError(
+                f"{self.output}: was exported with --calibration {source.calibration}, the scales of iteration "
+                f"{self.iterations}; give --calibration FILE with those of the new iteration, or that one to keep them"
+            )
         return replace(
             source,
             iteration=iteration,
             overrides=overrides,
-            calibration=calibration or source.calibration,
+            calibration=calibration,
             index_cache=index_cache,
         )
 
@@ -160,9 +170,19 @@ class Base:
             faults.add(f"what to do: {ANEW}")
         faults.raise_if_any()
 
+    def check_current(self) -> None:
+        """Raise `ExportError` unless the output still holds the export that was read."""
+        check_no_refit(self.output)
+        for each in self.folders:
+            if digest_of(each.path / MANIFEST) != each.manifest_digest:
+                raise ExportError(f"{each.path}: was replaced by another run meanwhile; start again")
+
     def check_writable(self) -> None:
-        """Raise `ExportError` for files that cannot be changed in place. Found out before anything is changed."""
+        """Raise `ExportError` for what cannot be changed in place. Found out before anything is changed."""
         faults = Faults(f"{self.output}: cannot be changed in place")
+        for folder in dict.fromkeys((self.output, *(each.path for each in self.folders))):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                faults.add(f"{folder}: no permission to write in this folder")
         for path in (each.path / name for each in self.folders for name in each.tensor_files):
             try:
                 num_links = path.lstat().st_nlink
@@ -202,6 +222,8 @@ def _asked(folder: BaseFolder) -> dict[str, Any]:
 
 def _in_order(folders: Sequence[BaseFolder]) -> Sequence[BaseFolder]:
     """In the order of the job that made them, which the digest of the job shows, in one of their manifests."""
+    if len(folders) > len(TARGETS):  # no job makes as many, and there would be too many orders
+        return folders
     said = {str((each.manifest.get("fingerprint") or {}).get("job")) for each in folders}
     for order in itertools.permutations(folders):
         digests = "".join(str(each.manifest["target"].get("plan_digest")) for each in order)

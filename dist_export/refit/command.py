@@ -106,6 +106,10 @@ def _launched(options: argparse.Namespace, reporter: Reporter, group: Group) -> 
 
 def _finish_interrupted(options: argparse.Namespace, group: Group) -> int:
     finished = finish_interrupted(options.output.absolute(), group)
+    if not finished and options.source == NOTHING:
+        if not options.output.is_dir():
+            raise ExportError(f"{options.output}: no such folder")
+        publication.check_no_refit(options.output.absolute())  # of a folder in it, or that it lies in
     if group.rank == 0 and finished:
         print(f"finished the refit of {options.output} that was stopped while it was applied", flush=True)
     elif group.rank == 0 and options.source == NOTHING:

@@ -108,6 +108,8 @@ def _folder(found: Mapping[str, Any]) -> DeltaFolder:
     for entry in folder.files.values():
         if not isinstance(entry["tensors"], dict) or not isinstance(entry["num_bytes"], int):
             raise TypeError("an entry of a file is incomplete")
+    if not all(isinstance(end.get("content"), str) for end in (folder.base, folder.new)):
+        raise TypeError("it does not say what it was made against, or leads to")
     for name in (folder.folder, *folder.files, *folder.documents):
         if name != "." and (Path(name).name != name or name.startswith(".")):
             raise ValueError(f"{name!r} is no name of a file")

@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -64,20 +65,19 @@ def commit(prepared: Path, output: Path, record: Commit) -> None:
     """Make a prepared folder (its logs are on disk) the redo folder of `output`, in one step. Raises `ExportError`."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=1)
     publication.write_file(prepared / COMMIT, f"{text}\n".encode())
-    for folder in (prepared, *(path for path in prepared.rglob("*") if path.is_dir())):
-        publication.sync_folder(folder)
-    try:
+    with _writing(output / REFIT):
+        for folder in (prepared, *(path for path in prepared.rglob("*") if path.is_dir())):
+            publication.sync_folder(folder)
         os.rename(prepared, output / REFIT)
-    except OSError as error:
-        raise write_error(output / REFIT, error) from error
-    publication.sync_folder(output)
+    with _going_on(output), _writing(output):
+        publication.sync_folder(output)
 
 
 class Redo:
     """The redo folder of an output, whoever put it there. One process calls the methods without `logs`."""
 
     def __init__(self, output: Path) -> None:
-        """Read what is to be done. Raises `ExportError` when that cannot be right."""
+        """Read what is to be done. Raises `ExportError` when that cannot be read, or cannot be right."""
         self.output, self.folder = output, output / REFIT
         self.commit = _read(self.folder / COMMIT)
         for name in self.commit.files:
@@ -91,10 +91,15 @@ class Redo:
         return sorted(self.commit.logs)
 
     def withhold_configurations(self) -> None:
-        """Remove every old config.json: nothing takes the export for whole until the new one is there."""
+        """Remove every old config.json: nothing takes the export for whole until the new one is there.
+
+        Raises `ExportError`, as do the others.
+        """
         for number, change in enumerate(self.commit.folders):
-            if (self.folder / DOCUMENTS / str(number) / CONFIG).is_file():
-                place = self.output / change.folder
+            place = self.output / change.folder
+            with _writing(place):
+                if not (self.folder / DOCUMENTS / str(number) / CONFIG).is_file():
+                    continue
                 (place / CONFIG).unlink(missing_ok=True)
                 publication.sync_folder(place)
 
@@ -115,24 +120,26 @@ class Redo:
         for wanted in (lambda name: name not in (MANIFEST, CONFIG), MANIFEST.__eq__, CONFIG.__eq__):
             for number, change in enumerate(self.commit.folders):
                 source, place = self.folder / DOCUMENTS / str(number), self.output / change.folder
-                for path in [path for path in source.iterdir() if wanted(path.name)]:
-                    os.replace(path, place / path.name)
-                for name in change.remove:
-                    (place / name).unlink(missing_ok=True)
-                publication.sync_folder(place)
+                with _writing(place):
+                    for path in [path for path in source.iterdir() if wanted(path.name)]:
+                        os.replace(path, place / path.name)
+                    for name in change.remove:
+                        (place / name).unlink(missing_ok=True)
+                    publication.sync_folder(place)
 
     def remove(self, grave: Path) -> None:
         """End: the folder disappears in one step, by way of `grave`."""
         shutil.rmtree(grave, ignore_errors=True)
-        os.rename(self.folder, grave)
-        publication.sync_folder(self.output)
+        with _writing(self.folder):
+            os.rename(self.folder, grave)
+            publication.sync_folder(self.output)
         shutil.rmtree(grave, ignore_errors=True)
 
     def _write_log(self, name: str, descriptors: dict[int, int], told: Told) -> None:
         records, positions = read_index(self.folder / LOGS, name)
         path = self.folder / LOGS / f"{name}{BLOCKS}"
         buffer = bytearray(int(records["length"].max()) if len(records) else 0)
-        with path.open("rb") as blocks:
+        with _reading(path), path.open("rb") as blocks:
             for first in range(0, len(records), _RECORDS):  # as Python objects they take much memory
                 part = slice(first, first + _RECORDS)
                 for record, position in zip(records[part].tolist(), positions[part].tolist(), strict=True):
@@ -159,29 +166,61 @@ class Redo:
         _check_name(change.folder, self.folder)
         path = self.output / change.folder / MANIFEST
         if digest_of(path) not in (change.base_manifest, change.new_manifest):
-            raise ExportError(f"{self.folder}: belongs to another export than {path}; remove that folder")
+            whole = all(os.path.isfile(self.output / each.folder / CONFIG) for each in self.commit.folders)
+            advice = _REMOVE if whole else _ANEW  # else it may be all that there is of the new bytes
+            raise ExportError(f"{self.folder}: belongs to another export than {path}. {advice}")
 
 
 _ANEW = "The refit cannot be finished: export the checkpoint anew with --overwrite"
+_REMOVE = "Remove that folder"
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """What the system refuses as an `ExportError`, of `place` where the system does not say which file it is."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(Path(error.filename2 or error.filename or place), error) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What cannot be read now, though it may well be there, as an `ExportError`; what is missing stays an `OSError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise ExportError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _going_on(output: Path) -> Iterator[None]:
+    """Tell what goes on with a refit that fails once it is committed, unless nothing does."""
+    try:
+        yield
+    except ExportError as error:
+        if _ANEW in str(error) or _REMOVE in str(error):
+            raise
+        message = f"{error}\nthe refit is not finished: dist-export refit - {output} goes on with it"
+        raise ExportError(message) from error
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a small file, hexadecimal; ``""`` where there is none."""
+    """SHA-256 of a small file, hexadecimal; ``""`` where there is none. Raises `ExportError` when it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+    except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def apply(redo: Redo, group: Group, *, grave: Path, step: str) -> None:
+def apply(output: Path, group: Group, *, grave: Path, step: str) -> None:
     """Bring an output to what its redo folder says. All ranks call it; `step` names it in the group."""
-    try:
-        _apply(redo, group, grave, step)
-    except ExportError as error:
-        if _ANEW in str(error):
-            raise
-        message = f"{error}\nthe refit is not finished: dist-export refit - {redo.output} goes on with it"
-        raise ExportError(message) from error
+    with _going_on(output):
+        _apply(Redo(output), group, grave, step)
 
 
 def _apply(redo: Redo, group: Group, grave: Path, step: str) -> None:
@@ -216,7 +255,7 @@ def finish_interrupted(output: Path, group: Group) -> bool:
         if not (output / REFIT).is_dir():
             raise ExportError(f"{output}: another run has just finished its refit; start again")
         grave = publication.staging_folder(output) / "applied"
-        apply(Redo(output), group, grave=grave, step="unfinished refit")
+        apply(output, group, grave=grave, step="unfinished refit")
     finally:
         if staging is not None:  # an export that was stopped has left its work there
             staging.abandon(keep=read_fingerprint(staging.folder) is not None)
@@ -225,14 +264,15 @@ def finish_interrupted(output: Path, group: Group) -> bool:
 
 def _read(path: Path) -> Commit:
     try:
-        found = json.loads(path.read_text())
+        with _reading(path):
+            found = json.loads(path.read_text())
         version = found["format_version"]
         record = Commit(
             tuple(map(str, found["files"])),
             {str(name): int(size) for name, size in found["logs"].items()},
             tuple(FolderChange(**{**each, "remove": tuple(map(str, each["remove"]))}) for each in found["folders"]),
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # it is missing
         raise ExportError(f"{path}: cannot be read: {error}. {_ANEW}") from error
     if version != FORMAT_VERSION:
         raise ExportError(f"{path}: format {version}, this release knows {FORMAT_VERSION}; finish with the other one")
@@ -240,7 +280,9 @@ def _read(path: Path) -> Commit:
         for suffix in (BLOCKS, INDEX):
             _check_name(f"{name}{suffix}", path)
         blocks = path.parent / LOGS / f"{name}{BLOCKS}"
-        if not blocks.is_file() or blocks.stat().st_size != size:
+        with _reading(blocks):
+            is_whole = blocks.is_file() and blocks.stat().st_size == size
+        if not is_whole:
             raise ExportError(f"{blocks}: is missing or not of {size} bytes. {_ANEW}")
     for change in record.folders:
         for name in change.remove:
@@ -259,8 +301,9 @@ def _check_file(output: Path, name: str) -> None:
     parts = PurePosixPath(name).parts
     path = output / name
     try:
-        is_file = stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
+        with _reading(path):
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         is_file = False
     if not parts or len(parts) > 2 or parts[0] in ("/", "..") or ".." in parts or not is_file:
         raise ExportError(f"{output / REFIT}: {name!r} is no file of this export. {_ANEW}")

@@ -87,7 +87,7 @@ class RefitSession(ExportSession):
             raise ExportError(f"--delta-dir {self.options.output}: is a mount point; give a folder in it to create")
         staging = open_staging(self.options.output)
         try:
-            self._check_base()
+            self.base.check_current()
             self.base.check(self.job, in_place=not self.makes_delta)
             self._fingerprint()
             for plan in self.job.plans if self.makes_delta else ():
@@ -96,13 +96,6 @@ class RefitSession(ExportSession):
             staging.abandon(keep=False)
             raise
         return staging, False
-
-    def _check_base(self) -> None:
-        """That the old export is the one that was planned for."""
-        publication.check_no_refit(self.base.output)
-        for each in self.base.folders:
-            if redo.digest_of(each.path / MANIFEST) != each.manifest_digest:
-                raise ExportError(f"{each.path}: was replaced by another run meanwhile; start again")
 
     def _files(self, agreement: Agreement, placement: Placement, staging: Path, local: Path | None) -> RunFiles:
         compared = ComparedFiles(self.group, self.base.output, staging / PREPARED)
@@ -114,7 +107,7 @@ class RefitSession(ExportSession):
         """Rank 0: prove that every byte was compared, and make the documents; of a refit in place, commit."""
         assert self.staging is not None
         entries = self._checked_files(collected)
-        self._check_base()
+        self.base.check_current()
         (self.staging.folder / KEPT).unlink(missing_ok=True)
         folders = [self._documents(number, plan) for number, plan in enumerate(self.job.plans)]
         for folder, plan, files in zip(folders, self.job.plans, entries, strict=True):
@@ -131,7 +124,7 @@ class RefitSession(ExportSession):
         else:
             self.group.barrier("refit committed")
             grave = publication.staging_folder(self.base.output) / GRAVE
-            redo.apply(redo.Redo(self.base.output), self.group, grave=grave, step="refit")
+            redo.apply(self.base.output, self.group, grave=grave, step="refit")
             if self.staging is not None:
                 self.staging.abandon(keep=False)
 

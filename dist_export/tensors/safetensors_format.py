@@ -8,6 +8,7 @@ to compare and to verify. The layout is that of the format's own description
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,10 @@ def build_header(tensors: Iterable[tuple[str, DType, Shape, int]], *, metadata: 
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file; `ExportError` naming the file when it is not a whole one."""
+    """The tensors of a safetensors file, each of the bytes that its shape needs, none overlapping another.
+
+    Raises `ExportError` naming the file when it is not a whole one.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -62,16 +66,36 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(length)
     try:
         table = json.loads(text)
-        tensors = {name: _stored(entry, 8 + length) for name, entry in table.items() if name != "__metadata__"}
+        tensors = {
+            name: _stored(entry, 8 + length, where=f"{path}: {name}")
+            for name, entry in table.items()
+            if name != "__metadata__"
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path}: its safetensors header cannot be read: {error}") from error
+    _check_disjoint(path, tensors)
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         raise ExportError(f"{path}: has {size} bytes, its header says {end}; it is cut off or was appended to")
     return tensors
 
 
-def _stored(entry: Mapping[str, list[int]], data_start: int) -> StoredTensor:
-    dtype = dtype_by_safetensors_code(str(entry["dtype"]))
-    start, end = entry["data_offsets"]
-    return StoredTensor(dtype, tuple(entry["shape"]), data_start + start, end - start)
+def _stored(entry: Mapping[str, list[int]], data_start: int, *, where: str) -> StoredTensor:
+    """One entry of a header: its type, shape and bytes must agree."""
+    dtype = dtype_by_safetensors_code(str(entry["dtype"]), where=where)
+    (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ExportError(f"{where}: shape {list(shape)} at bytes {start} to {end} is none; the file is damaged")
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if end - start != num_bytes:
+        raise ExportError(f"{where}: has {end - start} bytes, {dtype} {list(shape)} needs {num_bytes}; it is damaged")
+    return StoredTensor(dtype, shape, data_start + start, num_bytes)
+
+
+def _check_disjoint(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    previous, end = "", 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.num_bytes and tensor.offset < end:
+            raise ExportError(f"{path}: {name} overlaps {previous}; the file is damaged")
+        if tensor.num_bytes:
+            previous, end = name, tensor.offset + tensor.num_bytes

@@ -18,6 +18,9 @@ from support.exports import REPOSITORY  # noqa: E402
 from support.refits import NEW, OLD, assert_same_export, contents, export, names, run, save_both  # noqa: E402
 from support.small_models import LLAMA, small_model  # noqa: E402
 
+from dist_export.errors import ExportError  # noqa: E402
+from dist_export.refit.base import Base  # noqa: E402
+
 OPTIONS = ("--target", "trtllm", "--target", "hf", "--tp", 2)
 
 
@@ -54,6 +57,19 @@ def test_a_mount_point(exports: dict[str, Path], mounted: Callable[..., Path]) -
     assert run("refit", exports["save"], output, "--iteration", OLD) == 0
     assert run("refit", delta, output) == 0
     assert_same_export(output, exports["new"])
+
+
+def test_a_folder_that_takes_no_documents(exports: dict[str, Path], mounted: Callable[..., Path]) -> None:
+    """Found before anything is committed."""
+    disk = mounted("size=20m")
+    output = Path(shutil.copytree(exports["old"], disk / "out"))
+    base = Base.read(output)
+    base.check_writable()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(ExportError, match="out: cannot be changed in place") as refused:
+        base.check_writable()
+    for folder in (output, output / "hf", output / "trtllm"):
+        assert f"{folder}: no permission to write in this folder" in str(refused.value)
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,15 @@ from support.refits import NEW, OLD, assert_same_export, contents, export, names
 from support.small_models import LLAMA, small_model  # noqa: E402
 from support.torch_dist import megatron_chunks  # noqa: E402
 
+from dist_export.refit.apply import DeltaSession  # noqa: E402
+from dist_export.refit.base import Base  # noqa: E402
+from dist_export.refit.delta import Delta  # noqa: E402
+from dist_export.refit.files import ComparedFiles  # noqa: E402
+from dist_export.refit.redo import Commit  # noqa: E402
+from dist_export.runtime.failure import Failure  # noqa: E402
+from dist_export.runtime.group import Group  # noqa: E402
+from dist_export.runtime.launch import run_local  # noqa: E402
+
 OPTIONS = {
     "trtllm": ("--tp", 2),
     "hf": ("--target", "hf", "--max-file-size", "300k"),
@@ -126,6 +135,16 @@ def change_index(delta: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def change_offsets(path: Path, more: int) -> None:
+    """Say that the last tensor has `more` bytes, which the file then has."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    last = max((entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"][1])
+    last["data_offsets"][1] += more
+    path.write_bytes(data[:8] + json.dumps(header).encode().ljust(length) + data[8 + length :] + bytes(more))
+
+
 def change_document(delta: Path, name: str, old: str, new: str) -> None:
     """Change a document, and what the index says of it."""
     path = delta / "documents" / name
@@ -170,6 +189,10 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda delta, output: change_index(delta, '"format_version": 1', '"format_version": 7'), "format 7, this",
     ),
     "another folder": (lambda delta, output: change_index(delta, '"folder": "."', '"folder": "hf"'), "is for the fold"),
+    "no content": (lambda delta, output: change_index(delta, '"content"', '"contents"'), "does not say what it was ma"),
+    "an offset that is too large": (
+        lambda delta, output: change_offsets(delta / "rank0.safetensors", 2), "has [0-9]+ bytes, bfloat16 .* needs",
+    ),
     "no JSON": (lambda delta, output: change_index(delta, "{", "["), "is no index of a delta"),
 }  # fmt: skip
 
@@ -206,6 +229,50 @@ def test_the_base_must_be_the_one_it_was_made_against(
     error = capsys.readouterr().err
     assert "is not for this export" in error and "holds iteration 5" in error
     assert "was made against iteration 10" in error and contents(output) == before
+
+
+def failure_of(main: Callable[[Group], object]) -> str:
+    """Why a process fails."""
+    messages: list[str] = []
+
+    def run_main(group: Group) -> int:
+        main(group)
+        return 0
+
+    def tell(failure: Failure, *, with_rank: bool = True) -> None:
+        messages.append(failure.message)
+
+    assert run_local(1, run_main, tell=tell) == 2, messages
+    return messages[0]
+
+
+def test_an_export_that_is_replaced_meanwhile(made: Callable[[str], dict[str, Path]], tmp_path: Path) -> None:
+    """By a run that ended before this one had the lease, or that took the lease from it."""
+
+    class Overtaken(DeltaSession):
+        def _commit(self, prepared: Path, files: ComparedFiles) -> Commit:
+            record = super()._commit(prepared, files)
+            with (self.base.output / "export_manifest.json").open("a") as file:
+                file.write("\n")
+            return record
+
+    folders, output = made("trtllm"), tmp_path / "out"
+    shutil.copytree(folders["old"], output)
+    delta, base = Delta.read(folders["delta"]), Base.read(output)
+    message = f"{output}: was replaced by another run meanwhile"
+    weights = (output / "rank0.safetensors").read_bytes()
+    assert message in failure_of(lambda group: Overtaken(delta, base, group).run())
+    assert (output / "rank0.safetensors").read_bytes() == weights
+    assert message in failure_of(lambda group: DeltaSession(delta, base, group).run())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rank_that_finds_a_file_missing_first(made: Callable[[str], dict[str, Path]], tmp_path: Path) -> None:
+    folders, output = made("trtllm"), Path(shutil.copytree(made("trtllm")["old"], tmp_path / "out"))
+    (output / "rank1.safetensors").unlink()
+    delta, base = Delta.read(folders["delta"]), Base.read(output)
+    said = failure_of(lambda group: DeltaSession(delta, base, group)._tensors())
+    assert said == f"{output / 'rank1.safetensors'}: No such file or directory"
 
 
 def test_options_of_checkpoints_are_not_for_deltas(

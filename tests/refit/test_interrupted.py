@@ -173,6 +173,59 @@ def test_a_damaged_log_is_refused(damage: str, stopped: Path, capsys: pytest.Cap
     assert not (damage == "blocks flipped" and list(stopped.glob("*/config.json")))
 
 
+def test_what_the_system_refuses_can_be_done_later(
+    exports: dict[str, Path], stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not taken for another export, and with a word of how to go on."""
+    for name in ("hf/config.json", "trtllm/export_report.html", "hf/export_manifest.json"):  # a folder in its place
+        place, aside = stopped / name, stopped.parent / "aside"
+        if place.exists():
+            place.rename(aside)
+        place.mkdir()
+        capsys.readouterr()
+        assert run("refit", "-", stopped) == 2
+        error = capsys.readouterr().err
+        assert f"{place}: cannot " in error and ": Is a directory" in error and "remove" not in error.lower(), error
+        assert f"the refit is not finished: dist-export refit - {stopped} goes on with it" in error
+        place.rmdir()
+        if aside.exists():
+            aside.rename(place)
+    assert run("refit", "-", stopped) == 0
+    assert_same_export(stopped, exports["new"])
+
+
+def test_the_only_copy_of_the_new_blocks_is_never_to_be_removed(
+    stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = stopped / "hf" / "export_manifest.json"
+    manifest.write_text("{}")
+    assert run("refit", "-", stopped) == 2
+    assert f"belongs to another export than {manifest}. Remove that folder" in capsys.readouterr().err
+    (stopped / "trtllm" / "config.json").unlink()  # as a refit begins
+    assert run("refit", "-", stopped) == 2
+    error = capsys.readouterr().err
+    assert "export the checkpoint anew with --overwrite" in error and "remove" not in error.lower()
+
+
+def test_of_a_folder_in_the_output_or_around_it(
+    exports: dict[str, Path], stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is looked for, what is said is where it can be finished."""
+    assert run("refit", "-", stopped / "trtllm") == 2
+    assert f"finish it: dist-export refit - {stopped}\n" in capsys.readouterr().err
+    assert run("refit", "-", stopped) == 0
+    assert_same_export(stopped, exports["new"])
+    kill("withheld", exports["save"], stopped / "trtllm")
+    capsys.readouterr()
+    for command in (("refit", exports["save"]), ("refit", "-"), ("verify", exports["save"])):
+        assert run(*command, stopped) == 2
+        assert f"finish it: dist-export refit - {stopped / 'trtllm'}\n" in capsys.readouterr().err
+    assert run("refit", "-", stopped / "trtllm") == 0
+    assert run("verify", exports["save"], stopped) == 0
+    assert run("refit", "-", stopped / "nowhere") == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+
+
 def test_two_at_once(exports: dict[str, Path], output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The lease is the one of exports."""
     from dist_export.runtime.publication import Staging

@@ -21,6 +21,8 @@ from support.refits import NEW, OLD, assert_same_export, contents, export, names
 from support.small_models import GPT, LLAMA, small_model  # noqa: E402
 from support.torch_dist import change_args, megatron_chunks  # noqa: E402
 
+from dist_export.errors import ExportError  # noqa: E402
+from dist_export.refit.base import Base  # noqa: E402
 from dist_export.refit.blocks import BLOCK_BYTES  # noqa: E402
 from dist_export.refit.engines import engine_lines  # noqa: E402
 
@@ -88,6 +90,32 @@ def test_only_changed_blocks_are_written(save: Path, tmp_path: Path, capsys: pyt
     # Nothing differs any more.
     assert run("refit", save, output) == 0
     assert f"0 of {num_tensors} tensors changed; 0 B of" in capsys.readouterr().out
+
+
+def test_many_exports_in_one_folder(save: Path, tmp_path: Path) -> None:
+    """No job made them together, so no order of theirs is looked for."""
+    one, many = export(save, tmp_path / "one", OLD), tmp_path / "many"
+    for number in range(12):
+        folder = many / f"{number:02d}"
+        folder.mkdir(parents=True)
+        for name in ("config.json", "export_manifest.json"):
+            shutil.copy(one / name, folder)
+    assert [each.folder for each in Base.read(many).folders] == [f"{number:02d}" for number in range(12)]
+    manifest = many / "07" / "export_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"family": null', '"family": "llama"'))
+    with pytest.raises(ExportError, match="its targets were exported differently"):
+        Base.read(many)
+
+
+def test_sha256_counts_as_progress(save: Path, tmp_path: Path) -> None:
+    """Ranks that wait for the one that reads a large file must see that it goes on."""
+    num_bytes = []
+    for name, options in (("plain", ()), ("hashed", ("--sha256",))):
+        output = export(save, tmp_path / name, OLD, *options)
+        assert run("refit", save, output, "--progress-file", tmp_path / "progress.json") == 0
+        num_bytes.append(json.loads((tmp_path / "progress.json").read_text())["bytes_read"])
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    assert num_bytes[1] - num_bytes[0] == size > 1 << 19
 
 
 def test_a_damaged_old_file_comes_out_right(save: Path, tmp_path: Path) -> None:
@@ -267,8 +295,12 @@ def test_no_file_is_left_out_of_the_comparison(save: Path, tmp_path: Path) -> No
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "tokenizer_config.json").write_text("{}")
     output = export(save, tmp_path / "out", OLD, "--target", "hf", "--tokenizer", tokenizer)
+    other, delta = Path(shutil.copytree(output, tmp_path / "other")), tmp_path / "delta"
     (tokenizer / "tokenizer_config.json").unlink()
     (tokenizer / "tokenizer.json").write_text('{"a": 1}')
+    assert run("refit", save, output, "--delta-dir", delta) == 0
     assert run("refit", save, output) == 0
     assert_same_export(output, _latest(save, tmp_path, "--target", "hf", "--tokenizer", tokenizer))
     assert "tokenizer_config.json" not in names(output)
+    assert run("refit", delta, other) == 0
+    assert_same_export(other, output)

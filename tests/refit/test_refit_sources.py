@@ -33,7 +33,7 @@ def test_adapters_that_were_trained_on(tmp_path: Path) -> None:
     assert run("verify", new, output) == 0
 
 
-def test_a_new_calibration(tmp_path: Path) -> None:
+def test_a_new_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only scales change."""
     checkpoint = llama().write(tmp_path / "c")
     names = [f"decoder.layers.{n}.self_attention.core_attention.{p}_bmm_quantizer._amax" for n in (0, 1) for p in "kv"]
@@ -49,8 +49,13 @@ def test_a_new_calibration(tmp_path: Path) -> None:
     after = load_file(output / "rank0.safetensors")
     changed = {name for name in after if after[name].float().ne(before[name].float()).any()}
     assert changed and all("cache_scaling_factor" in name for name in changed)
-    # Without one, the recorded file is read again.
-    assert run("refit", checkpoint, output) == 0
+    # The recorded file is of the old weights: it is read again only where that is said.
+    capsys.readouterr()
+    assert run("refit", checkpoint, output) == 2
+    error = capsys.readouterr().err
+    assert f"was exported with --calibration {tmp_path / 'new.safetensors'}" in error
+    assert "give --calibration FILE with those of the new iteration" in error
+    assert run("refit", checkpoint, output, "--calibration", tmp_path / "new.safetensors") == 0
     assert_same_export(output, fresh)
 
 

@@ -42,8 +42,9 @@ def die_holding(folder: Path) -> None:
 def foreign(folder: Path, name: str = NAME, **changes: object) -> Path:
     """The lease of a process on another machine."""
     content = {"token": "abc", "host": "elsewhere", "boot": "x", "pid": os.getpid(), "started": 1, "beat": 0}
-    (folder / name).write_text(json.dumps(content | changes))
-    return folder / name
+    part = folder / "part"
+    part.write_text(json.dumps(content | changes))
+    return part.replace(folder / name)  # at once, as a lease is written: nobody reads half of one
 
 
 def test_a_free_folder_is_taken_and_given_back(tmp_path: Path) -> None:
