@@ -26,14 +26,12 @@ from dist_export.convert.permute import permuted_slices
 from dist_export.convert.profile import NO_PROFILE
 from dist_export.convert.quality import Key, Qualities
 from dist_export.convert.sources import SourceFiles
-from dist_export.convert.tiles import Tile, TileRead, cut
+from dist_export.convert.tile_reads import Block, read_part
+from dist_export.convert.tiles import Tile, cut
 from dist_export.convert.view_reader import ViewReader
 from dist_export.plan.recipes import Stored
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import Fill, OutputTensor, Use, WorkItem, flat_shape
-
-Block = npt.NDArray[Any]
-"""[rows, columns] of raw elements, as unsigned integers of the element's size."""
 
 MIB = 1 << 20
 TILE_BYTES = 1 * MIB  # of source rows per tile: larger reads win nothing (README of the benchmarks), smaller cost calls
@@ -225,42 +223,9 @@ class Executor:
         sizes = [-(-read.num_bytes(num_rows, itemsize) // 64) * 64 for read in tile.reads]
         memory, start, parts = buffer.take(sum(sizes)), 0, []
         for read, size in zip(tile.reads, sizes, strict=True):
-            parts.append((read.columns[0], self._read_part(tile, read, memory[start : start + size])))
+            parts.append((read.columns[0], read_part(tile, read, memory[start : start + size], self.sources.read_into)))
             start += size
         return parts
-
-    def _read_part(self, tile: Tile, read: TileRead, memory: memoryview) -> Block:
-        rectangle, itemsize = read.rectangle, tile.item.dtype.itemsize
-        num_rows, num_columns = tile.rows[1] - tile.rows[0], read.columns[1] - read.columns[0]
-        offset = (
-            rectangle.offset
-            + (tile.rows[0] - rectangle.rows[0]) * rectangle.row_stride
-            + (read.columns[0] - rectangle.columns[0]) * rectangle.column_stride
-        )
-        if read.whole_rows:
-            num_bytes = read.num_bytes(num_rows, itemsize)
-            self.sources.read_into(rectangle.file, offset, memory[:num_bytes])
-            stride, shape = (rectangle.row_stride, itemsize), (num_rows, num_columns)
-            whole: Block = np.ndarray(shape, f"u{itemsize}", memory, strides=stride)
-            return whole
-        if rectangle.column_stride == itemsize:
-            rows = (num_rows, num_columns, itemsize)
-            return self._read_lines(rectangle.file, offset, rectangle.row_stride, rows, memory)
-        # Stored transposed: what is a column here is contiguous there.
-        columns = (num_columns, num_rows, itemsize)
-        transposed = self._read_lines(rectangle.file, offset, rectangle.column_stride, columns, memory)
-        return np.transpose(transposed)
-
-    def _read_lines(
-        self, file: int, offset: int, stride: int, shape: tuple[int, int, int], memory: memoryview
-    ) -> Block:
-        """Lines of `shape` (number, elements each, element size) that lie `stride` bytes apart."""
-        num_lines, length, itemsize = shape
-        for line in range(num_lines):
-            part = memory[line * length * itemsize : (line + 1) * length * itemsize]
-            self.sources.read_into(file, offset + line * stride, part)
-        lines: Block = np.ndarray((num_lines, length), f"u{itemsize}", memory)
-        return lines
 
     def _write_use(
         self, tile: Tile, use: Use, parts: Sequence[tuple[int, Block]], buffer: _Buffer, flight: deque[_Flying]

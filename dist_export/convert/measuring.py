@@ -9,10 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.convert.execute import (
@@ -26,12 +24,10 @@ from dist_export.convert.execute import (
 from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.scale_table import MEASURE_BYTES, Entry, Float32, magnitudes
 from dist_export.convert.sources import SourceFiles
+from dist_export.convert.tile_reads import Block, read_part
 from dist_export.convert.tiles import Tile, TileRead, cut
 from dist_export.plan.work import WorkItem
 from dist_export.tensors.views import Slab
-
-Block = npt.NDArray[Any]
-"""[rows, columns] of raw elements, as unsigned integers of the element's size."""
 
 
 def room_for_kept(host_memory: int, *, num_threads: int, device: str = "cpu") -> int:
@@ -162,25 +158,13 @@ def _tiles(
 
 def _read(tile: Tile, read: TileRead, sources: SourceFiles, keep: KeptBytes) -> tuple[Block, bool]:
     """A tile's part of a chunk, as the transfer will read it, and whether it is kept."""
-    rectangle, itemsize = read.rectangle, tile.item.dtype.itemsize
-    num_rows, num_columns = tile.rows[1] - tile.rows[0], read.columns[1] - read.columns[0]
-    memory = np.empty(read.num_bytes(num_rows, itemsize), np.uint8).data
-    start = rectangle.offset + (tile.rows[0] - rectangle.rows[0]) * rectangle.row_stride
-    start += (read.columns[0] - rectangle.columns[0]) * rectangle.column_stride
-    if read.whole_rows:
-        lines, length, step = 1, memory.nbytes, 0
-        strides = (rectangle.row_stride, itemsize)
-    elif rectangle.column_stride == itemsize:
-        lines, length, step = num_rows, num_columns * itemsize, rectangle.row_stride
-        strides = (length, itemsize)
-    else:  # stored transposed: what is a column here is contiguous there
-        lines, length, step = num_columns, num_rows * itemsize, rectangle.column_stride
-        strides = (itemsize, length)
+    num_bytes = read.num_bytes(tile.rows[1] - tile.rows[0], tile.item.dtype.itemsize)
     is_kept = True
-    for line in range(lines):
-        part = memory[line * length : (line + 1) * length]
-        sources.read_into(rectangle.file, start + line * step, part)
+
+    def read_into(file: int, offset: int, part: memoryview) -> None:
+        nonlocal is_kept
+        sources.read_into(file, offset, part)
         kept = memoryview(bytes(part)) if tile.item.update else part  # which adapters are merged into
-        is_kept &= keep.add(rectangle.file, start + line * step, kept)
-    block: Block = np.ndarray((num_rows, num_columns), f"u{itemsize}", memory, strides=strides)
-    return block, is_kept
+        is_kept &= keep.add(file, offset, kept)
+
+    return read_part(tile, read, np.empty(num_bytes, np.uint8).data, read_into), is_kept
