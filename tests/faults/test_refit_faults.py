@@ -15,23 +15,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from support.exports import REPOSITORY  # noqa: E402
-from support.refits import NEW, OLD, assert_same_export, contents, export, names, run, save_both  # noqa: E402
-from support.small_models import LLAMA, small_model  # noqa: E402
+from support.refits import NEW, OLD, assert_same_export, contents, exports_of_both, names, run  # noqa: E402
 
 from dist_export.errors import ExportError  # noqa: E402
 from dist_export.refit.base import Base  # noqa: E402
-
-OPTIONS = ("--target", "trtllm", "--target", "hf", "--tp", 2)
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A --save folder and an export of each of its iterations, which differ everywhere."""
-    folder = tmp_path_factory.mktemp("refit_faults")
-    model = small_model(LLAMA, hidden_size=64, ffn_hidden_size=192, padded_vocab_size=4096)
-    save = save_both(folder / "save", model, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
-    old, new = (export(save, folder / str(iteration), iteration, *OPTIONS) for iteration in (OLD, NEW))
-    return {"save": save, "old": old, "new": new}
+    return exports_of_both(tmp_path_factory.mktemp("refit_faults"), padded_vocab_size=4096)
 
 
 def test_a_full_disk_leaves_the_export_as_it_was(

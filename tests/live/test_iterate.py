@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.exports import REPOSITORY, export, raw_bytes, tensors_of
+from support.exports import export, raw_bytes, tensors_of
+from support.live_runs import run_live
 from support.small_models import LLAMA, small_model
 
 from dist_export.errors import ExportError
@@ -23,19 +21,8 @@ from dist_export.targets.huggingface.target import HuggingFaceOptions
 from dist_export.targets.trtllm.target import TrtllmOptions
 from dist_export.verify.logits import verify_logits
 
-SCRIPT = REPOSITORY / "tests" / "support" / "live_buckets.py"
+PROGRAM = "live_buckets.py"
 VOCABULARY = 250
-
-
-def run_live(folder: Path, *arguments: object) -> Path:
-    """Build a model on its ranks, save it, and take its buckets; returns the folder of both."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    return folder
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -65,14 +52,14 @@ def assert_within_bound(found: dict[str, Any]) -> None:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "run"
     trials = ("buckets_trtllm", "buckets_hf", "buckets_one", "buckets_stopping")
-    return run_live(folder, "--tp", 2, "--pp", 2, "--kv-groups", 2, "--trial", *trials, "--target", 4, 1)
+    return run_live(PROGRAM, folder, "--tp", 2, "--pp", 2, "--kv-groups", 2, "--trial", *trials, "--target", 4, 1)
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixtral") / "run"
     model = ("--style", "mixtral", "--ep", 2, "--etp", 1, "--layers", 2)
-    return run_live(folder, *model, "--trial", "buckets_trtllm", "buckets_hf", "--target", 2, 1)
+    return run_live(PROGRAM, folder, *model, "--trial", "buckets_trtllm", "buckets_hf", "--target", 2, 1)
 
 
 @pytest.mark.parametrize(("model", "num_ranks"), [("llama", 4), ("mixtral", 2)])

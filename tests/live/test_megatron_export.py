@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.exports import REPOSITORY, export, raw_bytes, tensors_of
+from support.exports import export, raw_bytes, tensors_of
+from support.live_runs import run_live
 
-SCRIPT = REPOSITORY / "tests" / "support" / "live_models.py"
+PROGRAM = "live_models.py"
 VOCABULARY = 250
-
-
-def run_live(folder: Path, *arguments: object) -> Path:
-    """Build a model on its ranks, save it, and convert it live; returns the folder of both."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    return folder
 
 
 def assert_same(live: Path, exported: Path, *, with_config: bool = True) -> None:
@@ -57,7 +44,7 @@ def assert_same(live: Path, exported: Path, *, with_config: bool = True) -> None
 def test_a_live_model_becomes_the_files_of_its_export(
     tmp_path: Path, model: tuple[object, ...], trials: tuple[str, ...], target: tuple[int, int]
 ) -> None:
-    folder = run_live(tmp_path / "run", *model, "--trial", *trials, "--target", *target)
+    folder = run_live(PROGRAM, tmp_path / "run", *model, "--trial", *trials, "--target", *target)
     layouts = {"other_layout": target, "small_rounds": target, "single": target}
     sizes = dict(zip(model[::2], model[1::2], strict=True))
     own = (sizes.get("--tp", 1), sizes.get("--pp", 1))
@@ -76,8 +63,8 @@ def test_a_live_model_becomes_the_files_of_its_export(
 
 def test_fp8_over_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     """Scales of weights are of all tp ranks together, those of layers find their stage, and casts are the same."""
-    one = run_live(tmp_path / "one", "--trial", "fp8", "--target", 2, 2) / "live" / "fp8"
-    many = run_live(tmp_path / "many", "--tp", 2, "--pp", 2, "--trial", "fp8", "fp8_scales") / "live"
+    one = run_live(PROGRAM, tmp_path / "one", "--trial", "fp8", "--target", 2, 2) / "live" / "fp8"
+    many = run_live(PROGRAM, tmp_path / "many", "--tp", 2, "--pp", 2, "--trial", "fp8", "fp8_scales") / "live"
     assert_same(many / "fp8", one)
     for rank in range(4):
         given, whole = (tensors_of(folder / f"rank{rank}.safetensors") for folder in (many / "fp8_scales", one))

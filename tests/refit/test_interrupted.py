@@ -13,25 +13,29 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from support.refits import NEW, OLD, REDO, assert_same_export, contents, export, names, run, save_both  # noqa: E402
-from support.small_models import LLAMA, small_model  # noqa: E402
+from support.refits import (  # noqa: E402
+    NEW,
+    OLD,
+    OPTIONS,
+    REDO,
+    assert_same_export,
+    contents,
+    exports_of_both,
+    names,
+    run,
+)  # fmt: skip
 
 from dist_export.refit.redo import Redo  # noqa: E402
 
 PROGRAM = Path(__file__).parent / "killed_refit.py"
 BEFORE = ("logging", "logged", "prepared")
 AFTER = ("committed", "withheld", "a block", "blocks", "a document", "documents")
-OPTIONS = ("--target", "trtllm", "--target", "hf", "--tp", 2)
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A --save folder, an export of its iteration 10, and one of its iteration 20."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    model = small_model(LLAMA, hidden_size=64, ffn_hidden_size=192, padded_vocab_size=2048)
-    save = save_both(folder / "save", model, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
-    old, new = (export(save, folder / str(iteration), iteration, *OPTIONS) for iteration in (OLD, NEW))
-    return {"save": save, "old": old, "new": new}
+    return exports_of_both(tmp_path_factory.mktemp("interrupted"), padded_vocab_size=2048)
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from dist_export.cli import main
-from support.small_models import SmallModel
+from support.small_models import LLAMA, SmallModel, small_model
 from support.torch_dist import Chunks, write_torch_dist
 
 OLD, NEW = 10, 20
 REDO = ".refit.dist_export"
+OPTIONS = ("--target", "trtllm", "--target", "hf", "--tp", 2)
+"""Of `exports_of_both`."""
 Edit = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -27,6 +29,14 @@ def save_both(folder: Path, model: SmallModel, edit: Edit, *, chunks: Chunks | N
         set_iteration(written, iteration)
     (folder / "latest_checkpointed_iteration.txt").write_text(str(NEW))
     return folder
+
+
+def exports_of_both(folder: Path, *, padded_vocab_size: int) -> dict[str, Path]:
+    """A --save folder ("save") and an export of each of its iterations ("old", "new"), which differ everywhere."""
+    model = small_model(LLAMA, hidden_size=64, ffn_hidden_size=192, padded_vocab_size=padded_vocab_size)
+    save = save_both(folder / "save", model, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
+    old, new = (export(save, folder / str(iteration), iteration, *OPTIONS) for iteration in (OLD, NEW))
+    return {"save": save, "old": old, "new": new}
 
 
 def set_iteration(folder: Path, iteration: int) -> None:
