@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from dist_export.checkpoint.modelopt_state import ModeloptScheme
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
@@ -18,8 +20,7 @@ MOST_PATTERNS = 6
 """Spelled out in a hint."""
 
 
-@dataclass(slots=True)
-class InputScales:
+class InputScales(Struct):
     """Dequantisation scales of FP8 inputs out of TransformerEngine's states, exact."""
 
     scales: dict[ModuleName, float] = field(default_factory=dict)

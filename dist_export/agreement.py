@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from dist_export.plan.placement import Placement, make_placement
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
+class Agreement(Struct, frozen=True):
     """What rank 0 tells all ranks before the work: who runs where, and what every file must be."""
 
     hosts: list[str]

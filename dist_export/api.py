@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from dist_export.checkpoint.adapters import is_adapter
 from dist_export.checkpoint.open import Checkpoint, open_checkpoint
@@ -30,8 +32,7 @@ TargetOptions = TrtllmOptions | HuggingFaceOptions
 """What the user chooses of a target; its type says which one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(Struct, frozen=True, kw_only=True):
     """A checkpoint as a person names it, with what they say about it."""
 
     checkpoint: Path
@@ -52,8 +53,7 @@ class Source:
     """Take the fp32 weights out of the optimizer's state."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedModel:
+class OpenedModel(Struct, frozen=True):
     """A checkpoint and what is known about the model in it."""
 
     checkpoint: Checkpoint

@@ -260,11 +260,11 @@ def make_job(
 
 def request_of(options: argparse.Namespace) -> dict[str, object]:
     """What was asked of the source, as plain values for the manifest."""
-    from dataclasses import asdict, is_dataclass
+    from msgspec import Struct, to_builtins
 
     source = source_of(options)
     plain = {
-        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        name: to_builtins(value) if isinstance(value, Struct) else value
         for name, (value, _) in source.overrides.items()
     }
     request: dict[str, object] = {"iteration": source.iteration, "family": source.family, "overrides": plain}
@@ -278,5 +278,5 @@ def request_of(options: argparse.Namespace) -> dict[str, object]:
         plain_mapping = getattr(source.mapping, "content", None)
         request["mapping"] = plain_mapping if plain_mapping is not None else str(options.mapping.absolute())
     if source.quantization != type(source.quantization)():
-        request["quantization"] = asdict(source.quantization)
+        request["quantization"] = to_builtins(source.quantization)
     return request

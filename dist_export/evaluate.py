@@ -10,11 +10,11 @@ import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct, field
 
 from dist_export import api, texts
 from dist_export.errors import ExportError
@@ -27,8 +27,7 @@ from dist_export.texts import Sample
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(Struct, frozen=True):
     """Of one model."""
 
     runner: str
@@ -39,8 +38,7 @@ class Scores:
     """Mean F measure by kind; empty where no summaries were written."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(Struct, frozen=True):
     """An export's scores and what they are measured against."""
 
     export: Scores
@@ -164,7 +162,7 @@ def _reference(options: argparse.Namespace) -> Iterator[Runner]:
     """The checkpoint's model, with what the export was told about its configuration; none when none is named."""
     if options.checkpoint is None:
         return
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from dist_export.quantization import QuantizationOptions
     from dist_export.verify.files import read_manifest

@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from dist_export import report
 from dist_export.arguments import add_export_arguments, make_job, request_of
@@ -124,8 +125,7 @@ def reporter_of(options: argparse.Namespace) -> Reporter:
     return Reporter(json_lines=options.log_json, progress_file=options.progress_file)
 
 
-@dataclass(frozen=True, slots=True)
-class Engines:
+class Engines(Struct, frozen=True):
     """What is to be built once the export is published."""
 
     request: EngineRequest

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from dist_export.convert.choice import converter_for, device_of
 from dist_export.convert.execute import Budget, Executor, Observer
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from dist_export.convert.torch_lanes import Lanes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
+class Resources(Struct, frozen=True, kw_only=True):
     """What a process may use. Memory is in bytes."""
 
     host_memory: int

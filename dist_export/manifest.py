@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+
+from msgspec import Struct, field, to_builtins
 
 import dist_export
 from dist_export.checkpoint.open import Checkpoint
@@ -20,8 +21,7 @@ from dist_export.runtime.publication import CONFIG, MANIFEST
 FORMAT_VERSION = 1
 
 
-@dataclass(slots=True)
-class RankReport:
+class RankReport(Struct):
     """What one process did. Exchanged as JSON; sizes in bytes, times in seconds."""
 
     rank: int
@@ -56,7 +56,7 @@ class RankReport:
 
     def encode(self) -> bytes:
         """As bytes for another rank."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(to_builtins(self)).encode()
 
     @staticmethod
     def decode(data: bytes) -> RankReport:
@@ -68,8 +68,7 @@ class RankReport:
         self.runs = {f"{file}/{index}": [list(run) for run in each] for (file, index), each in runs.items()}
 
 
-@dataclass(slots=True)
-class CollectedReports:
+class CollectedReports(Struct):
     """What rank 0 keeps of all ranks' reports: their statistics, and the runs of all of them by tensor."""
 
     reports: list[RankReport] = field(default_factory=list)
@@ -131,8 +130,8 @@ def build_manifest(
             "format": checkpoint.index.format,
             "iteration": checkpoint.iteration,
             "training_layout": checkpoint.training_layout,
-            **({"adapters": asdict(checkpoint.adapters)} if checkpoint.adapters else {}),
-            "ignored": {reason: asdict(what) for reason, what in checkpoint.index.ignored.items()},
+            **({"adapters": to_builtins(checkpoint.adapters)} if checkpoint.adapters else {}),
+            "ignored": {reason: to_builtins(what) for reason, what in checkpoint.index.ignored.items()},
             "elements_left_out": dict(left_out),
         },
         "target": {
@@ -144,7 +143,7 @@ def build_manifest(
         },
         "model": {
             name: {"value": value, "from": plan.resolved.provenance[name]}
-            for name, value in asdict(plan.resolved.config).items()
+            for name, value in to_builtins(plan.resolved.config).items()
         },
         "notes": list(plan.notes),
         "serve": list(plan.serve),
@@ -156,7 +155,7 @@ def build_manifest(
 
 def run_statistics(reports: Iterable[RankReport]) -> dict[str, object]:
     """When and where the run finished, and per process what it read, wrote and used."""
-    kept = [{k: v for k, v in asdict(report).items() if k not in ("runs", "quality")} for report in reports]
+    kept = [{k: v for k, v in to_builtins(report).items() if k not in ("runs", "quality")} for report in reports]
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"finished": finished, "host": platform.node(), "processes": kept}
 

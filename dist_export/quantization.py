@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from dist_export.checkpoint.modelopt_files import read_modelopt_files, tells_of_modelopt
 from dist_export.checkpoint.open import Checkpoint
@@ -44,8 +46,7 @@ SMOOTHED = (Scheme.INT8_SQ, Scheme.INT4_AWQ)
 """Schemes that move part of the activations' range into the weights, by a factor that calibration finds."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizationOptions:
+class QuantizationOptions(Struct, frozen=True, kw_only=True):
     """What the user chooses."""
 
     algorithm: str = AUTO
@@ -75,8 +76,7 @@ class QuantizationOptions:
         return cls(**{**values, "exclude": tuple(exclude)})  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
-class States:
+class States(Struct, frozen=True):
     """What a checkpoint says of its quantisation."""
 
     modelopt: ModeloptScheme | None = None

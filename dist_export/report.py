@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from msgspec import to_builtins
 
 from dist_export.api import OpenedModel
 from dist_export.checkpoint.contents import contents, generation
@@ -41,15 +42,15 @@ def inspection(model: OpenedModel) -> dict[str, Any]:
         "format": index.format,
         "generation": generation(index, model.checkpoint.arguments),
         "iteration": model.checkpoint.iteration,
-        "adapters": asdict(model.checkpoint.adapters) if model.checkpoint.adapters else None,
+        "adapters": to_builtins(model.checkpoint.adapters) if model.checkpoint.adapters else None,
         "contents": contents(index),
         "training_layout": model.checkpoint.training_layout,
         "num_files": len(index.files),
         "num_chunks": index.num_chunks,
         "weight_share": weight_share(index),
-        "ignored": {reason: asdict(what) for reason, what in index.ignored.items()},
+        "ignored": {reason: to_builtins(what) for reason, what in index.ignored.items()},
         "num_objects": len(index.objects),
-        "config": {n: {"value": v, "from": provenance[n]} for n, v in asdict(resolved.config).items()},
+        "config": {n: {"value": v, "from": provenance[n]} for n, v in to_builtins(resolved.config).items()},
         "notes": list(resolved.notes),
         "quantization": _quantization_found(model),
         "tensors": {name: {"shape": list(info.shape), "dtype": info.dtype} for name, info in index.tensors.items()},

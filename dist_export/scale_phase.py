@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.convert.measuring import KeptBytes, measure
@@ -24,8 +25,7 @@ KEPT = "scales.json"
 """In the staging folder: what a resumed run goes on with."""
 
 
-@dataclass(slots=True)
-class FoundScales:
+class FoundScales(Struct):
     """What the phase leaves a process with."""
 
     table: ScaleTable = field(default_factory=lambda: ScaleTable({}, {}, {}))

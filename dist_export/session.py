@@ -10,8 +10,10 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, to_builtins
 
 from dist_export import __version__
 from dist_export.agreement import Agreement
@@ -50,8 +52,7 @@ from dist_export.scale_phase import KEPT, FoundScales, find_scales
 from dist_export.staged_files import RunFiles, StagedFiles
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
+class RunOptions(Struct, frozen=True, kw_only=True):
     """How an export runs, apart from what it makes."""
 
     output: Path
@@ -164,7 +165,7 @@ class ExportSession:
                 local=read_token(self.staging.folder) if self.options.local_staging is not None else "",
                 stale=self._stale,
             )
-            message = json.dumps(asdict(agreement)).encode()
+            message = json.dumps(to_builtins(agreement)).encode()
         told = json.loads(self.group.broadcast("agreement", message))
         return None if told is None else Agreement(**told)
 

@@ -10,17 +10,17 @@ import fcntl
 import json
 import mmap
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, to_builtins
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.open import Checkpoint, checkpoint_of, open_checkpoint
 from dist_export.runtime.group import Group
 
 
-@dataclass(frozen=True, slots=True)
-class _Published:
+class _Published(Struct, frozen=True):
     """Where the processes of one node find the table."""
 
     node: str
@@ -61,7 +61,7 @@ def open_shared(
 
 def _exchange(group: Group, mine: _Published | None) -> list[_Published]:
     """What the first process of every node published."""
-    gathered = group.gather("index of each node", b"" if mine is None else json.dumps(asdict(mine)).encode())
+    gathered = group.gather("index of each node", b"" if mine is None else json.dumps(to_builtins(mine)).encode())
     merged = None if gathered is None else b"[" + b",".join(each for each in gathered if each) + b"]"
     return [_Published(**each) for each in json.loads(group.broadcast("indices", merged))]
 

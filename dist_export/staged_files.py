@@ -12,11 +12,11 @@ import hashlib
 import json
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from isal.isal_zlib import crc32
+from msgspec import Struct, field
 
 from dist_export.convert.journal import FOLDER as JOURNALS
 from dist_export.convert.journal import Done, Journal, confirmed, read_journals
@@ -52,8 +52,7 @@ class RunFiles(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(slots=True)
-class StagedFiles:
+class StagedFiles(Struct):
     """The files that the processes of one node make, as one of these processes sees them."""
 
     job: ExportJob

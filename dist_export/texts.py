@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 
@@ -21,8 +22,7 @@ TOKEN_FIELDS = ("tokens", "input_ids")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """One entry of a data set: a text, or its token ids."""
 
     text: str | None = None

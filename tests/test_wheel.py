@@ -66,7 +66,7 @@ def test_metadata(wheel: Path) -> None:
     assert wheel.name.startswith(f"dist_export-{dist_export.__version__}-")
     assert set(metadata.get_all("Provides-Extra") or ()) == EXTRAS
     needed = [each for each in metadata.get_all("Requires-Dist") or () if "extra ==" not in each]
-    assert needed == ["numpy", "isal", "PyYAML"]
+    assert needed == ["isal", "msgspec>=0.18", "numpy", "PyYAML"]
 
 
 def test_works_elsewhere(installed: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
     """With no more than the package itself needs: plain exports work, the rest names the extra."""
     venv.create(tmp_path / "bare", with_pip=False)
     (packages,) = (tmp_path / "bare").glob("lib/python*/site-packages")
-    for name in ("numpy", "numpy.libs", "isal", "yaml", "_yaml"):
+    for name in ("numpy", "numpy.libs", "isal", "msgspec", "yaml", "_yaml"):
         source = Path(sysconfig.get_path("purelib")) / name
         if source.exists():
             (packages / name).symlink_to(source)

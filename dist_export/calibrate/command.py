@@ -11,9 +11,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from dist_export import api, texts
 from dist_export.arguments import overrides_of
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from dist_export.tensors.boxes import Box
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationOptions:
+class CalibrationOptions(Struct, frozen=True, kw_only=True):
     """How to calibrate."""
 
     scheme: str
@@ -90,8 +90,7 @@ def _check_file(path: Path, *, overwrite: bool) -> None:
         raise ExportError(f"{path.absolute().parent}: no such folder")
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(Struct, frozen=True):
     """What was done."""
 
     num_tensors: int

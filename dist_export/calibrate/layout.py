@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.blocks import Block
@@ -13,8 +14,7 @@ BLOCK_COLUMNS: Mapping[str, int] = {"int4_awq": 128}
 """Scheme -> columns that share a stored scale, where there are such: a rank must hold whole blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """Tensor- and pipeline-parallel sizes. No model is held twice: there are tp x pp processes."""
 
     tp: int

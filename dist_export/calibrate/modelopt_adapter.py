@@ -9,10 +9,11 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.calibrate.layout import BLOCK_COLUMNS
 from dist_export.calibrate.places import Piece, Place, pieces_of
@@ -35,8 +36,7 @@ _KEPT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Calibrated:
+class Calibrated(Struct, frozen=True):
     """What calibration has found on this rank."""
 
     pieces: list[Piece]

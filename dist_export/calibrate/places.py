@@ -9,9 +9,9 @@ import itertools
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import Faults
@@ -20,8 +20,7 @@ from dist_export.verify.megatron_weights import ParameterSource
 _LENGTH = struct.Struct("<Q")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a rank's weight lies in its linear's whole weight ``[rows, columns]``."""
 
     rows: tuple[tuple[int, int], ...]
@@ -29,8 +28,7 @@ class Place:
     first_column: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A part of a quantiser's tensor."""
 
     name: str

@@ -8,15 +8,14 @@ same. What is saved are the adapters alone: megatron/bridge/training/checkpointi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.joined_index import joined
 from dist_export.errors import ExportError
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterSettings:
+class AdapterSettings(Struct, frozen=True):
     """What training said of the adapters in a checkpoint."""
 
     origin: str

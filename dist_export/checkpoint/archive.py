@@ -13,9 +13,10 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from msgspec import Struct
 
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
 from dist_export.errors import ExportError
@@ -65,14 +66,12 @@ def open_tar(path: Path) -> FileTree:
     return FileTree(plain, files)
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(Struct, frozen=True):
     name: str
     file: StoredFile
 
 
-@dataclass(slots=True)
-class _Extended:
+class _Extended(Struct):
     """What a header in front says about the next member."""
 
     name: str | None = None

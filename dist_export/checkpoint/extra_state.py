@@ -13,11 +13,11 @@ state under ``extra_state``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.checkpoint.modelopt_files import MODELOPT_KEY
 from dist_export.checkpoint.pickles import Record
@@ -33,8 +33,7 @@ _OLDER_THAN_2_2 = "interval"  # a field of the recipe up to TransformerEngine 2.
 _RECIPE_FIELDS = ("margin", "amax_history_len", "amax_compute_algo", "fp8_dpa", "fp8_mha", "reduce_amax")
 
 
-@dataclass(frozen=True, slots=True)
-class TeRecipe:
+class TeRecipe(Struct, frozen=True):
     """The recipe object in a state of TransformerEngine 2: what the training run was."""
 
     name: str
@@ -47,8 +46,7 @@ class TeRecipe:
     reduce_amax: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TeState:
+class TeState(Struct, frozen=True, eq=False):
     """TransformerEngine's delayed-scaling state of one module. `scale_fwd` multiplies before the cast to FP8."""
 
     scale_fwd: Float32
@@ -71,8 +69,7 @@ class TeState:
         return {"2.0 to 2.1": False, "2.15 or later": True}.get(self.release)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ExtraState:
+class ExtraState(Struct, frozen=True, eq=False):
     """The decoded state of one layer."""
 
     te: TeState | None = None

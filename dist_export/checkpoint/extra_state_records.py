@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
+
+from msgspec import Struct
 
 from dist_export.checkpoint.extra_state import ExtraState, decode_extra_state
 from dist_export.checkpoint.index import CheckpointIndex, ObjectRecord
@@ -25,8 +26,7 @@ _SHARD = re.compile(r"^shard_(?P<offset>\d+(?:\.\d+)*)_(?P<shape>\d+(?:\.\d+)*)$
 _MOST_DIGITS = 12
 
 
-@dataclass(frozen=True, slots=True)
-class StateRecord:
+class StateRecord(Struct, frozen=True):
     """A layer's state as it lies in the checkpoint."""
 
     module: ModuleName

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 
@@ -14,8 +15,7 @@ MOST_FILES = 1 << 22
 _COPY_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
+class StoredFile(Struct, frozen=True):
     """A file, or the range of an archive that is one."""
 
     name: str
@@ -24,8 +24,7 @@ class StoredFile:
     size: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FileTree:
+class FileTree(Struct, frozen=True):
     """All files below a folder, or below a folder of an archive."""
 
     root: Path

@@ -7,18 +7,18 @@ trainers other than Megatron-LM (`nemo`, `nemo2`, `bridge`) put one of these int
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.checkpoint import torch_dist
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(Struct, frozen=True):
     """How one format is recognised and read."""
 
     name: str

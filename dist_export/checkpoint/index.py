@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from dist_export.checkpoint.array_format import Array, Buffer, pack, unpack
 from dist_export.errors import ExportError, Faults
@@ -25,8 +26,7 @@ from dist_export.tensors.boxes import Box, Shape
 Int64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """A box of a global tensor and where its bytes lie."""
 
     box: Box
@@ -39,8 +39,7 @@ class Chunk:
     (a whole ``torch.save`` zip) whose head says it (`CheckpointIndex.chunks_are_records`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectRecord:
+class ObjectRecord(Struct, frozen=True):
     """A pickled object of the checkpoint: its bytes, never loaded without need."""
 
     file: int
@@ -48,16 +47,14 @@ class ObjectRecord:
     length: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Ignored:
+class Ignored(Struct, frozen=True):
     """Contents left out of the table on purpose."""
 
     num_tensors: int
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True):
     """A global tensor of the checkpoint."""
 
     shape: Shape
@@ -65,8 +62,7 @@ class TensorInfo:
     num_chunks: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Columns:
+class Columns(Struct, frozen=True, eq=False):
     """The arrays of a table: one row per tensor, per box bound, per chunk. Tensors keep their chunks together."""
 
     name_bytes: npt.NDArray[np.uint8]
@@ -84,7 +80,7 @@ class Columns:
 
     def arrays(self) -> dict[str, Array]:
         """The columns by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 class TensorTable(Mapping[str, TensorInfo]):
@@ -231,10 +227,10 @@ class CheckpointIndex:
     def from_buffer(cls, buffer: Buffer, *, origin: str = "shared index") -> CheckpointIndex:
         """The table in `buffer`, of which no part is copied. `ExportError` when it is not a whole table."""
         header, arrays = unpack(buffer, origin=origin)
-        missing = set(Columns.__slots__) - arrays.keys()
+        missing = set(Columns.__struct_fields__) - arrays.keys()
         if missing or _inconsistent(header, arrays):
             raise ExportError(f"{origin}: not a chunk table, or one that was damaged")
-        return cls(header, Columns(**{name: arrays[name] for name in Columns.__slots__}))  # type: ignore[arg-type]
+        return cls(header, Columns(**{name: arrays[name] for name in Columns.__struct_fields__}))  # type: ignore[arg-type]
 
     def relabelled(self, format_name: str) -> CheckpointIndex:
         """The same table as one of another format: of the container that the weights are in."""

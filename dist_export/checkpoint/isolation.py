@@ -20,8 +20,9 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError
@@ -44,8 +45,7 @@ Item = list[str | int]
 """What the child's function is called with, once per file."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParseLimits:
+class ParseLimits(Struct, frozen=True):
     """What parsing one file of a checkpoint may cost."""
 
     memory: int

@@ -8,8 +8,9 @@ shards of the ranks become chunks of the same global tensors that a ``torch_dist
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.checkpoint.ignored import ignored_reason
 from dist_export.checkpoint.index import CheckpointIndex, ObjectRecord, without_wrapper_prefix
@@ -105,8 +106,7 @@ def _check_same_save(folder: Path, states: Sequence[RankState]) -> None:
     faults.raise_if_any()
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
+class _Stage(Struct, frozen=True):
     """A virtual stage of a pipeline rank, in the order of layers."""
 
     virtual: int

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _STACK = r"(?:.*\.)?(?:transformer|encoder)\."
 _LAYER = _STACK + r"layers\.(\d+)\."
@@ -18,8 +19,7 @@ _ATTENTION = _LAYER + r"(?:self_)?attention\."
 _KIND = r"(weight|bias)"
 
 
-@dataclass(frozen=True, slots=True)
-class NameRule:
+class NameRule(Struct, frozen=True):
     """A classic name, as a pattern for the whole of it, and the name that Megatron-Core has for it."""
 
     classic: str

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.legacy_shards import Shard
 from dist_export.checkpoint.pickles import Record, TensorRef
@@ -37,8 +38,7 @@ _ZIP = b"PK\x03\x04"
 _TAR_MAGIC = slice(257, 262)
 
 
-@dataclass(frozen=True, slots=True)
-class RankFile:
+class RankFile(Struct, frozen=True):
     """A training rank's file, by the numbers in the name of its folder."""
 
     name: str
@@ -48,8 +48,7 @@ class RankFile:
     """What follows the tp rank: pp rank, or ep rank, or both in this order."""
 
 
-@dataclass(slots=True)
-class Unused:
+class Unused(Struct):
     """Tensors of a file that are no weights: reason -> [number, bytes]."""
 
     counts: dict[str, list[int]] = field(default_factory=dict)
@@ -60,8 +59,7 @@ class Unused:
         entry[1] += num_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RankState:
+class RankState(Struct, frozen=True):
     """What one rank saved: its model chunks as places in its file."""
 
     path: Path

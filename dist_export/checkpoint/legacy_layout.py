@@ -8,8 +8,9 @@ not split over tp, ranks are both a tp rank of the dense tensors and an ep rank 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.checkpoint.legacy_files import RankFile, RankState
 from dist_export.errors import ExportError, Faults
@@ -18,8 +19,7 @@ Rank = tuple[int, int, int]
 """(tp, pp, ep) rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """Sizes of the training layout and the number of each rank's file."""
 
     tp: int

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Box, Shape, row_major_strides
 from dist_export.tensors.dtypes import dtype_by_name
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(Struct, frozen=True):
     """A strided tensor in a file: element (i, j, …) begins at offset + i * strides[0] + j * strides[1] + …."""
 
     file: int
@@ -83,8 +84,7 @@ Blocks = tuple[Shard, ...]
 """One rank's tensor: shards joined along dim 0. Most are a single shard."""
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(Struct, frozen=True):
     """A global tensor made of shards, each with its box."""
 
     shape: Shape

@@ -6,9 +6,10 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.archive import open_tar
 from dist_export.checkpoint.file_tree import FileTree
@@ -31,8 +32,7 @@ _QUANTIZER_STATE = "quantizer_state"
 _LEGACY_KEYS = (FOLDER, *(f"{FOLDER}_{stage}" for stage in range(64)))
 
 
-@dataclass(frozen=True, slots=True)
-class SavedModelopt:
+class SavedModelopt(Struct, frozen=True):
     """ModelOpt's global state as it was saved."""
 
     version: str

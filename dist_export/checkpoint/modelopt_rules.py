@@ -8,9 +8,10 @@ several quantisers in a row, ``default`` for all) before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import QuantizerProperties, properties_of
@@ -22,8 +23,7 @@ _ATTRIBUTES = {"num_bits", "axis", "block_sizes", "enable", "type", "fake_quant"
 _MOST_RULES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigRule:
+class ConfigRule(Struct, frozen=True):
     """One entry of the configuration."""
 
     pattern: str

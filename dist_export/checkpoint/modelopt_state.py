@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.extra_state import ExtraState
 from dist_export.checkpoint.extra_state_records import StateRecord, read_states
@@ -44,8 +45,7 @@ _KV = ("k_bmm_quantizer", "v_bmm_quantizer")
 _PACKED_WEIGHT = "modelopt_q_tensor_state"  # empty for a linear that could be compressed and is not
 
 
-@dataclass(frozen=True, slots=True)
-class ModeloptModule:
+class ModeloptModule(Struct, frozen=True):
     """A module's own state."""
 
     quantizers: Quantizers
@@ -57,8 +57,7 @@ _NO_LINEAR = re.compile(r"(embeddings?|norm)$")
 _UNQUANTISED = ModeloptModule({}, compressed=False)
 
 
-@dataclass(frozen=True, slots=True)
-class ModeloptScheme:
+class ModeloptScheme(Struct, frozen=True):
     """How ModelOpt quantised a model."""
 
     version: str

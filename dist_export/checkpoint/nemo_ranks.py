@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint import legacy
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
@@ -57,8 +59,7 @@ def read_rank_files(tree: FileTree, arguments: Mapping[str, object]) -> Checkpoi
     return legacy.index_of_ranks(tree.root, ranks, states).build()
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
+class _Weights(Struct, frozen=True):
     """A state dict file."""
 
     root: str

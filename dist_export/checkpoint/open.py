@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.checkpoint import bridge, nemo, nemo2
 from dist_export.checkpoint.adapter_settings import adapter_settings
@@ -38,8 +39,7 @@ FORMATS: tuple[Format, ...] = (
 """Every format that can be read. First match wins: containers before the weights in them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(Struct, frozen=True):
     """A checkpoint opened for reading: its chunk table and what training saved beside the weights."""
 
     index: CheckpointIndex

@@ -15,7 +15,8 @@ it is stored is left to the unpickler, which refuses it at that point.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.pickle_scan import (
     MalformedError,
@@ -94,8 +95,7 @@ def bulk_scan(data: bytes, limits: ScanLimits) -> PickleSummary | None:
     return PickleSummary(end, frozenset(scan.names), scan.num_memoized - 1, num_opcodes)
 
 
-@dataclass(slots=True)
-class _BulkScan:
+class _BulkScan(Struct):
     data: bytes
     limits: ScanLimits
     pieces: list[bytes] = field(default_factory=list)

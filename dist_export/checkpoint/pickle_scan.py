@@ -12,7 +12,8 @@ leaves the verdict to the exact walk.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from dist_export.errors import ExportError
 
@@ -24,8 +25,7 @@ _LONGEST_NAME = 1024  # bytes of a string that could be a module or an attribute
 _SMALL_INTEGER = 7  # bytes; integers from 2**61 - 1 up can be made to share one hash
 
 
-@dataclass(frozen=True, slots=True)
-class ScanLimits:
+class ScanLimits(Struct, frozen=True):
     """What a pickle may cost. The dearest opcodes (containers) cost 60 to 230 bytes of memory each."""
 
     max_bytes: int = 1 << 28
@@ -44,8 +44,7 @@ METADATA_LIMITS = ScanLimits(max_bytes=1 << 31, max_opcodes=200_000_000)
 """For ``.metadata``: 300 000 chunks with save plans are about 77 MB and 35 million opcodes."""
 
 
-@dataclass(frozen=True, slots=True)
-class PickleSummary:
+class PickleSummary(Struct, frozen=True):
     """What `prescan` found."""
 
     end: int
@@ -146,8 +145,7 @@ def check_frame(data: bytes, pos: int) -> int:
     return pos + 9
 
 
-@dataclass(slots=True)
-class _Walk:
+class _Walk(Struct):
     """The exact walk. The stack holds each value's nesting depth, or ~i for the i-th short string."""
 
     data: bytes

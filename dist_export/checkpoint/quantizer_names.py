@@ -7,8 +7,9 @@ Megatron-Core checkpoints of ModelOpt 0.23 to 0.47 have them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
 
 _LAYERS = re.compile(r"^(?P<stack>decoder|mtp)\.layers\.(?:(?P<layer>\d+)\.)?(?P<rest>.*)$")
 _EXPERTS = re.compile(r"^(?P<head>.*\.experts\.experts\.)(?:(?P<expert>\d+)\.)?(?P<rest>.*)$")
@@ -54,8 +55,7 @@ class Quantizer(Enum):
     """Of a name that is not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleName:
+class ModuleName(Struct, frozen=True):
     """A module of the model, its numbers taken out of the name."""
 
     pattern: str
@@ -71,8 +71,7 @@ class ModuleName:
         return self.pattern.replace("{layer}.", layer).replace("{expert}.", expert)
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizerTensor:
+class QuantizerTensor(Struct, frozen=True):
     """A tensor of a quantiser."""
 
     module: ModuleName

@@ -7,9 +7,10 @@ Source: modelopt/torch/quantization/config.py and modelopt/torch/export/quant_ut
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 
@@ -51,8 +52,7 @@ class KvScheme(Enum):
     NVFP4 = "NVFP4"
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizerProperties:
+class QuantizerProperties(Struct, frozen=True):
     """One quantiser: what it is told to do, not its values."""
 
     num_bits: NumBits = 8
@@ -78,8 +78,7 @@ class QuantizerProperties:
         return next((size for dim, size in self.block_sizes if dim == -1 and size), None)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearScheme:
+class LinearScheme(Struct, frozen=True):
     """How one linear is quantised."""
 
     scheme: Scheme

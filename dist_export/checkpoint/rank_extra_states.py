@@ -12,11 +12,11 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from dist_export.checkpoint.archive import open_tar
 from dist_export.checkpoint.hand_over import pack, unpack
@@ -64,8 +64,7 @@ def states_in_ranks(index: CheckpointIndex) -> Iterator[tuple[str, str, bytes]]:
                     yield module, file.rank, data
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
+class _File(Struct, frozen=True):
     """A rank's file."""
 
     path: str

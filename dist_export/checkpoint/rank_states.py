@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ MOST_PICKLE_BYTES = 1 << 25
 """Bytes of one rank's pickle that are accepted: more of a file is weights."""
 _MOST_CHILDREN, _FEWEST_FILES = 8, 4  # processes; files of each
 _CHUNKED = ("chunks", "objects")
-_shard_fields = attrgetter(*(field.name for field in fields(Shard)))
+_shard_fields = attrgetter(*Shard.__struct_fields__)
 
 
 def read_rank_states(paths: Sequence[Path]) -> list[RankState]:
@@ -94,7 +93,7 @@ def _size(path: Path) -> int:
 
 def pack_state(state: RankState) -> bytes:
     """A rank state as bytes."""
-    content = {field.name: getattr(state, field.name) for field in fields(RankState)}
+    content = {name: getattr(state, name) for name in RankState.__struct_fields__}
     content |= {name: [_plain(chunk) for chunk in content[name]] for name in _CHUNKED}
     content |= {"path": str(state.path), "unused": state.unused.counts}
     return pack(content, origin=str(state.path))

@@ -8,11 +8,11 @@ of ``MOST_OPCODES`` opcodes costs at most a hundred megabytes whatever is in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.checkpoint.pickles import Record, ScanLimits, StorageRef, TensorRef, load_state_pickle, prescan
 from dist_export.checkpoint.stand_ins import NESTED_STORAGES, Callback, rebuild_tensor_v2
@@ -33,8 +33,7 @@ _REBUILT_TYPE = "torch._tensor._rebuild_from_type_v2"
 AnyArray = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredArray:
+class StoredArray(Struct, frozen=True, eq=False):
     """A strided tensor and all of the storage that it is a view of."""
 
     values: AnyArray
@@ -45,8 +44,7 @@ class StoredArray:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SavedBytes:
+class SavedBytes(Struct, frozen=True, eq=False):
     """An object out of serialised bytes, of plain values and stand-ins."""
 
     value: Any

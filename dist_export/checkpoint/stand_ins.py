@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-_T = TypeVar("_T")
+from msgspec import Struct
+
 _DTYPE = re.compile(r"(bfloat16|bool|(u?int|float|complex|bits|qu?int)\d\w*)")
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64",
@@ -41,16 +41,6 @@ _LARGEST = 1 << 62  # of a size, stride, offset or element count
 def refuse_state(self: object, state: object) -> NoReturn:
     """The ``__setstate__`` of stand-ins without state."""
     raise TypeError(f"{type(self).__name__} takes no state")
-
-
-def _sealed(cls: type[_T]) -> type[_T]:
-    """Replace the ``__setstate__`` that dataclass gives to frozen classes with slots: it skips all checks.
-
-    Our own processes may still send such values to each other: they pickle by their constructor.
-    """
-    cls.__setstate__ = refuse_state  # type: ignore[attr-defined]
-    cls.__reduce__ = lambda self: (cls, tuple(getattr(self, name) for name in cls.__slots__))  # type: ignore
-    return cls
 
 
 class Record:
@@ -152,18 +142,18 @@ class Callback:
     __setstate__ = refuse_state
 
 
-@_sealed
-@dataclass(frozen=True, slots=True)
-class StorageClass:
+class StorageClass(Struct, frozen=True):
     """Stands for ``torch.XStorage``; `dtype` is None for UntypedStorage."""
+
+    __setstate__ = refuse_state
 
     dtype: str | None
 
 
-@_sealed
-@dataclass(frozen=True, slots=True)
-class StorageRef:
+class StorageRef(Struct, frozen=True):
     """A storage that lies elsewhere in the same file."""
+
+    __setstate__ = refuse_state
 
     key: str
     """Entry ``data/<key>`` of a ``torch.save`` zip."""
@@ -174,10 +164,10 @@ class StorageRef:
     """Bytes when `dtype` is None."""
 
 
-@_sealed
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(Struct, frozen=True):
     """A strided tensor over a storage. Offset and strides count elements of `dtype`."""
+
+    __setstate__ = refuse_state
 
     dtype: str
     storage: StorageRef

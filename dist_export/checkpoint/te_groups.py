@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from dist_export.checkpoint.extra_state import Float32, TeState
 from dist_export.checkpoint.quantizer_names import ModuleName
@@ -31,8 +31,7 @@ class DifferentScalesError(ExportError):
     """States that must be equal are not."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupedScales:
+class GroupedScales(Struct, frozen=True, eq=False):
     """A state under an expert's name (or, in legacy files, the one of all of a rank's experts)."""
 
     module: ModuleName
@@ -40,8 +39,7 @@ class GroupedScales:
     state: TeState
 
 
-@dataclass(frozen=True, slots=True)
-class GroupedEntry:
+class GroupedEntry(Struct, frozen=True):
     """The scale of one expert's input."""
 
     module: ModuleName

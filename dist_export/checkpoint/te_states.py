@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+from msgspec import Struct, field
 
 from dist_export.checkpoint.extra_state import ExtraState, TeState
 from dist_export.checkpoint.extra_state_records import StateRecord, read_states
@@ -57,8 +57,7 @@ class Problem(Enum):
     MALFORMED = "has the wrong number of scales"
 
 
-@dataclass(frozen=True, slots=True)
-class TeScale:
+class TeScale(Struct, frozen=True):
     """An activation's scale."""
 
     module: ModuleName
@@ -74,8 +73,7 @@ class TeScale:
         return float(np.float32(1) / np.float32(self.scale))
 
 
-@dataclass(frozen=True, slots=True)
-class TeFault:
+class TeFault(Struct, frozen=True):
     """A scale that cannot be used."""
 
     module: ModuleName
@@ -84,8 +82,7 @@ class TeFault:
     message: str
 
 
-@dataclass(slots=True)
-class TeScales:
+class TeScales(Struct):
     """All that a checkpoint's TransformerEngine states say."""
 
     scales: dict[tuple[ModuleName, Activation], TeScale] = field(default_factory=dict)
@@ -100,14 +97,12 @@ class TeScales:
         return [fault for fault in self.faults if fault.problem is problem]
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(Struct, frozen=True):
     record: StateRecord
     state: TeState
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertGroups:
+class ExpertGroups(Struct, frozen=True):
     """How a training run computed its experts; the first two arguments of `read_te_scales`."""
 
     grouped_gemm: bool = False

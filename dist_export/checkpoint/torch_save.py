@@ -12,9 +12,10 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.hand_over import pack, unpack
 from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, ParseLimits, in_child
@@ -46,8 +47,7 @@ _ITEMSIZES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ZipEntry:
+class ZipEntry(Struct, frozen=True):
     """Where the raw bytes of an entry lie."""
 
     offset: int
@@ -57,8 +57,7 @@ class ZipEntry:
     """0 where the writer computed none."""
 
 
-@dataclass(frozen=True, slots=True)
-class SavedState:
+class SavedState(Struct, frozen=True):
     """The content of a ``torch.save`` file, its tensors as `TensorRef`."""
 
     value: Any
@@ -71,8 +70,7 @@ class SavedState:
         return _locate(ref, self.storages, f"{self.origin}: {name}" if name else self.origin)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(Struct, frozen=True):
     """A strided tensor in a file: element (i, j, …) begins at offset + itemsize * (i * strides[0] + …)."""
 
     dtype: str
@@ -182,8 +180,7 @@ def _locate(ref: TensorRef, storages: dict[str, ZipEntry], origin: str) -> Tenso
     return TensorRecord(ref.dtype, ref.shape, ref.strides, entry.offset + ref.storage_offset * itemsize, entry)
 
 
-@dataclass(slots=True)
-class _Source:
+class _Source(Struct):
     """Reads within one zip. Positions are relative to its start; both ends are read once and kept."""
 
     read_at: ReadAt
@@ -226,8 +223,7 @@ class _Source:
         return data
 
 
-@dataclass(frozen=True, slots=True)
-class _Listed:
+class _Listed(Struct, frozen=True):
     """An entry of the central directory; `header` is the position of its local header."""
 
     name: bytes
@@ -236,8 +232,7 @@ class _Listed:
     crc32: int
 
 
-@dataclass(slots=True)
-class _Zip:
+class _Zip(Struct):
     source: _Source
 
     def entries(self) -> dict[str, ZipEntry]:

@@ -13,10 +13,11 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.checkpoint import torch_dist
 from dist_export.checkpoint.file_tree import FileTree, StoredFile
@@ -101,8 +102,7 @@ def _add_objects(builder: IndexBuilder, tree: FileTree, arrays: Mapping[str, obj
             builder.objects[key] = ObjectRecord(builder.file(file.name), file.base, file.size)
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
+class _Header(Struct, frozen=True):
     """A checked ``.zarray``."""
 
     shape: Shape

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import Struct, field
 
 from dist_export.convert.numpy_arithmetic import from_float32, to_float32
 from dist_export.convert.quality import Key, Qualities, Quality, sampled_rows
@@ -47,8 +47,7 @@ Place = tuple[int, int, int, int]
 """First row, row end, first column, column end in the weight, taken as a matrix ``[rows, columns]``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoder:
+class Encoder(Struct, frozen=True):
     """Carries out recipes. Any thread may use it."""
 
     table: ScaleTable

@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from dist_export.convert.journal import Done, Journal
 from dist_export.convert.ledger import Ledger
@@ -84,8 +84,7 @@ class Observer(Protocol):
         """Called after each tile, from any thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(Struct, frozen=True):
     """How many threads with how large buffers. `host_memory` is in bytes and bounds all buffers together."""
 
     num_threads: int = 2
@@ -104,8 +103,7 @@ class Budget:
         return cls(num_threads, max(min(most, host_memory // (num_threads * copies)), 1 << 16))
 
 
-@dataclass(slots=True)
-class _Buffer:
+class _Buffer(Struct):
     """Reusable page-aligned memory that grows when a single row is larger than a tile."""
 
     memory: mmap.mmap | bytearray = field(default_factory=bytearray)
@@ -116,8 +114,7 @@ class _Buffer:
         return memoryview(self.memory)[:num_bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Rectangle2D:
+class Rectangle2D(Struct, frozen=True):
     """Where a block goes in an output tensor: first row, first column, number of rows and columns."""
 
     row: int

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.convert.overflow import overflow_error
 from dist_export.models.value_ops import ValueOp
@@ -26,8 +26,7 @@ SUPPORTED = frozenset({FLOAT32, FLOAT16, BFLOAT16})
 MOST_BYTES = 64 << 20  # of one process; beyond it torch is faster although it takes a second to import
 
 
-@dataclass(frozen=True, slots=True)
-class NumpyArithmetic:
+class NumpyArithmetic(Struct, frozen=True):
     """Applies a planned tensor's value operations and its cast. Has no state: any thread may use it."""
 
     in_flight: ClassVar[int] = 0

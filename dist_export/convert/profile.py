@@ -11,8 +11,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 MOST_SPANS = 1 << 20
 """Kept per process, about 100 bytes each; beyond them only sums grow."""
@@ -25,8 +26,7 @@ KINDS = (
 _NOTHING = nullcontext()
 
 
-@dataclass(slots=True)
-class Profile:
+class Profile(Struct):
     """Spans of one process. Threads may use it at the same time."""
 
     enabled: bool = True

@@ -7,9 +7,11 @@ order of their ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
 from math import log10
 from threading import Lock
+
+from msgspec import Struct, field
+from msgspec.structs import astuple
 
 Key = tuple[int, int]
 """(file, tensor) in the run."""
@@ -27,8 +29,7 @@ def sampled_rows(first: int, end: int, num_rows: int) -> list[int]:
     return [row - first for row in range(first, end) if row % SAMPLED < 2]
 
 
-@dataclass(slots=True)
-class Quality:
+class Quality(Struct):
     """Sums over the measured elements of a tensor."""
 
     num_measured: int = 0
@@ -74,8 +75,7 @@ class Quality:
         }
 
 
-@dataclass(slots=True)
-class Qualities:
+class Qualities(Struct):
     """Those of all tensors that one process encodes. Any thread may add."""
 
     by_tensor: dict[Key, Quality] = field(default_factory=dict)

@@ -10,11 +10,12 @@ import json
 from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
@@ -32,8 +33,7 @@ MOST_ROWS = 1 << 26
 """Rows of all weights together whose amax a table may hold, 256 MiB of float32 per process."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleTable:
+class ScaleTable(Struct, frozen=True):
     """Amax of weights and of activations by module, float32."""
 
     weights: Mapping[ModuleName, np.float32]
@@ -97,8 +97,7 @@ def _float32(value: Any) -> np.float32:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """Numbers of the table to find: one that is stored, or what is measured on the module's weights."""
 
     module: ModuleName

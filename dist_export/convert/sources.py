@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+
+from msgspec import Struct
 
 from dist_export.checkpoint.index import CheckpointIndex, Chunk
 from dist_export.checkpoint.torch_save import read_record
@@ -22,8 +23,7 @@ MAX_HEADS = 512  # kept per process, of less than 4 KiB each
 MAX_HEAD_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRectangle:
+class SourceRectangle(Struct, frozen=True):
     """A chunk's part of a slab: rows x columns of elements at byte strides from `offset` of a file."""
 
     file: int
@@ -34,8 +34,7 @@ class SourceRectangle:
     column_stride: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
+class _Head(Struct, frozen=True):
     """The bytes of a record before its data, and where those of its tensor lie."""
 
     data: bytes
@@ -238,8 +237,7 @@ def _rows_or_columns_lie_together(size: Shape, strides: Shape, itemsize: int) ->
     return by_rows or by_columns
 
 
-@dataclass(slots=True)
-class _Opened:
+class _Opened(Struct):
     descriptor: int
     users: int = 0
 

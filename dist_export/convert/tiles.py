@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from dist_export.convert.sources import SourceRectangle
 from dist_export.plan.work import Use, WorkItem
@@ -16,8 +17,7 @@ A separate read per row costs a few microseconds, in which a disk or page cache 
 beyond it, skipping is cheaper than reading through."""
 
 
-@dataclass(frozen=True, slots=True)
-class TileRead:
+class TileRead(Struct, frozen=True):
     """A chunk's part of a tile. `columns` are those read; rows are the tile's."""
 
     rectangle: SourceRectangle
@@ -33,8 +33,7 @@ class TileRead:
         return num_rows * width
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(Struct, frozen=True):
     """Rows of one work item that are read and written together."""
 
     item: WorkItem

@@ -7,13 +7,13 @@ Imported only when a plan needs much arithmetic, or some that numpy cannot do: s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import Struct, field
 
 from dist_export.convert.overflow import overflow_error
 from dist_export.convert.torch_lanes import Bytes, HostLanes, Lanes, Pending
@@ -22,8 +22,7 @@ from dist_export.plan.shard import PlannedTensor
 from dist_export.tensors.dtypes import BFLOAT16, FLOAT16
 
 
-@dataclass(frozen=True, slots=True)
-class TorchArithmetic:
+class TorchArithmetic(Struct, frozen=True):
     """Applies a planned tensor's value operations and its cast. Any thread may use it."""
 
     lanes: Lanes = field(default_factory=HostLanes)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import Struct, field
 
 from dist_export.errors import ExportError
 from dist_export.tensors.dtypes import DType
@@ -74,8 +74,7 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
 
-@dataclass(slots=True)
-class _Place:
+class _Place(Struct):
     """The memory and the events of one block under way."""
 
     host_in: torch.Tensor = field(default_factory=_nothing)
@@ -89,8 +88,7 @@ class _Place:
     is_free: bool = True
 
 
-@dataclass(slots=True)
-class _Ring:
+class _Ring(Struct):
     """A thread's places, taken in turn."""
 
     places: list[_Place]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.numpy_arithmetic import Float32, to_float32
@@ -28,8 +28,7 @@ Raw = npt.NDArray[Any]
 """[rows, columns] of unsigned integers of the element's size."""
 
 
-@dataclass(frozen=True, slots=True)
-class ViewReader:
+class ViewReader(Struct, frozen=True):
     """Reads rectangles of source tensors. Thread-safe as its source is."""
 
     sources: SourceFiles

@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.targets.trtllm.releases import RELEASES
@@ -31,8 +32,7 @@ _NOT_ON_10 = ("W8A16", "W4A16", "W4A8_AWQ", "W8A8", "FP8_PER_CHANNEL_PER_TOKEN")
 """Beginnings of quantisations that compute capability 10.x does not compute (tensorrt_llm/builder.py, `build`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(Struct, frozen=True):
     """A GPU that this process may use."""
 
     token: str

@@ -12,9 +12,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+from msgspec import Struct
 
 from dist_export.engines.availability import Gpu, check_gpus, check_release, installed_release, visible_gpus
 from dist_export.engines.options import EngineOptions, check
@@ -32,8 +33,7 @@ _TERMINATE_WITHIN_S = 5.0
 _LAST_LINES = 12
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
+class EngineRequest(Struct, frozen=True):
     """What was asked for."""
 
     output: Path
@@ -42,13 +42,12 @@ class EngineRequest:
     overwrite: bool = False
 
 
-@dataclass(slots=True)
-class _Build:
+class _Build(Struct):
     rank: int
     gpu: Gpu
     log: Path
     process: subprocess.Popen[str] | None = None
-    file: TextIO | None = field(default=None, repr=False)
+    file: TextIO | None = None
 
 
 def prepare(request: EngineRequest, config: Mapping[str, Any], valid: Sequence[str]) -> list[Gpu]:

@@ -6,11 +6,12 @@ checks of tensorrt_llm/builder.py (`build`, `_init_max_seq_len`) of each release
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from msgspec import Struct
+from msgspec.structs import fields
 
 from dist_export.errors import ExportError, Faults
 from dist_export.targets.trtllm.releases import ALL, Span
@@ -18,8 +19,7 @@ from dist_export.targets.trtllm.releases import ALL, Span
 PLUGIN_DTYPES = ("auto", "float16", "bfloat16", "float32", "disable")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(Struct, frozen=True, kw_only=True):
     """Options of an engine build. None: what the release's ``trtllm-build`` does without the option."""
 
     max_batch_size: int | None = None
@@ -101,7 +101,7 @@ class EngineOptions:
         """Plain values by name, of those options that are not at their default."""
         changed = {
             item.name: getattr(self, item.name)
-            for item in dataclasses.fields(self)
+            for item in fields(self)
             if getattr(self, item.name) != item.default
         }
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
@@ -154,7 +154,7 @@ def default_batch_size(release: str) -> int:
 
 def option_flags() -> dict[str, bool]:
     """Every option's name, and whether it is a switch."""
-    return {item.name: str(item.type).startswith("bool") for item in dataclasses.fields(EngineOptions)}
+    return {name: str(kind).startswith("bool") for name, kind in EngineOptions.__annotations__.items()}
 
 
 def read_options(file: Path | None, given: Mapping[str, object]) -> EngineOptions:

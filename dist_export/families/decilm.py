@@ -4,7 +4,8 @@ or one linear layer or nothing stands in their place."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from dist_export.families import llama
 from dist_export.models.blocks import Block, ffn_size_of

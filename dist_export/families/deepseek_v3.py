@@ -3,7 +3,7 @@ experts first, shared experts, dense layers before the others, layers that predi
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from dist_export.models.config import ModelConfig
 from dist_export.models.features import LATENT_ATTENTION, MTP, YARN

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint.plain_text import MOST_BYTES, parse_yaml
 from dist_export.errors import ExportError, Faults
@@ -69,8 +71,7 @@ _INPUT = {"logical", "shard", "zeros_for"}
 _TABLE = {"architecture", "rules", "remove", "config"}
 
 
-@dataclass(frozen=True, slots=True)
-class ModelMapping:
+class ModelMapping(Struct, frozen=True):
     """A mapping file, as plain values: kept in the manifest, so that an export can be planned again without it."""
 
     content: Mapping[str, Any]
@@ -95,8 +96,7 @@ class ModelMapping:
         return family
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
+class _Reader(Struct, frozen=True):
     faults: Faults
 
     def family(self, content: Mapping[str, Any], config: ModelConfig) -> Family:
@@ -236,8 +236,7 @@ def _with_fields(
     return lambda config: {**fields(config), **more}
 
 
-@dataclass(frozen=True, slots=True)
-class CodeMapping:
+class CodeMapping(Struct, frozen=True):
     """A Python file whose ``make_family(config)`` returns a `Family`. It runs with all rights of the user."""
 
     path: Path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from dist_export.families import gpt
 from dist_export.models.config import ModelConfig

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.families.registry import FAMILIES
 from dist_export.models.rules import Architecture, Family
@@ -15,8 +16,7 @@ TARGETS = {target.name: target.title for target in registry.TARGETS}
 HEADINGS = ("family", "target", "architecture", "releases", "limits", "element types", "witness")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Struct, frozen=True):
     """A model class that serves a family."""
 
     family: str

@@ -7,10 +7,10 @@ from whom, in the same order, and no request is ever sent.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.convert.sources import SourceFiles, SourceRectangle
@@ -25,8 +25,7 @@ from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.views import Slab, View
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+class Parcel(Struct, frozen=True):
     """A rectangle that one rank needs of another's memory."""
 
     sender: int
@@ -45,8 +44,7 @@ class Parcel:
         return self.shape[0] * self.shape[1] * self.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(Struct, frozen=True):
     """Rectangles of a source slab that a receiver reads in one round."""
 
     slab: Slab
@@ -79,9 +77,9 @@ def _views(recipe: object) -> Iterator[View]:
     """The views of the source in a recipe."""
     if isinstance(recipe, View):
         yield recipe
-    elif is_dataclass(recipe):
-        for item in fields(recipe):
-            yield from _views(getattr(recipe, item.name))
+    elif isinstance(recipe, Struct):
+        for name in recipe.__struct_fields__:
+            yield from _views(getattr(recipe, name))
 
 
 def parcels(table: LiveTable, needs: Iterable[Need], receiver: int) -> list[Parcel]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+
+from msgspec.structs import asdict, replace
 
 from dist_export.api import OpenedModel, Source, open_model
 from dist_export.checkpoint.extra_state import decode_extra_state

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.live import plain_state, sharded_state
@@ -18,8 +19,7 @@ States = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """A state dict, or one per virtual pipeline stage."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
+class Ranks(Struct, frozen=True):
     """Where this process stands in the training layout, and the sizes of that."""
 
     tp: int = 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.ignored import ignored_reason
 from dist_export.checkpoint.legacy import index_of_ranks
@@ -27,8 +28,7 @@ _STACKED = re.compile(r"(^|\.)decoder\.layers\.(?!\d)")
 _VERSION = 3.0  # order of the rows of linear_qkv in every Megatron-Core model
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(Struct, frozen=True):
     """A tensor in a rank's memory."""
 
     dtype: str
@@ -36,8 +36,7 @@ class Held:
     address: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PlainHoldings:
+class PlainHoldings(Struct, frozen=True):
     """What a rank says about itself: small, for all other ranks."""
 
     tp: int = 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec import Struct, field
 
 from dist_export.convert.execute import Budget, Executor
 from dist_export.convert.outputs import WritableFile
@@ -43,8 +43,7 @@ Key = tuple[int, int]
 """(file, number of the tensor in it)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Peers:
+class Peers(Struct, frozen=True):
     """The processes that hold the model, and how they talk. One process needs no torch.distributed."""
 
     rank: int = 0
@@ -87,8 +86,7 @@ class Peers:
         return result
 
 
-@dataclass(slots=True)
-class _Share:
+class _Share(Struct):
     """What one rank makes: planned by every rank, so that senders know it too."""
 
     shards: Mapping[int, ShardPlan]

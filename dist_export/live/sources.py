@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint.index import Chunk
 from dist_export.convert.sources import SourceFiles, SourceRectangle
@@ -21,8 +22,7 @@ _OWN = -1
 """The file number of this rank's memory; those of received parts count up from 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """A rectangle of a chunk, in the coordinates of the slab."""
 
     slab: Slab

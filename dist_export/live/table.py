@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.ignored import ignored_reason
 from dist_export.checkpoint.index import CheckpointIndex, Chunk, ObjectRecord, without_wrapper_prefix
@@ -20,8 +21,7 @@ Place = tuple[int, int]
 """(rank, address in its memory)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
+class ShardEntry(Struct, frozen=True):
     """A box of a global tensor in a rank's memory, row-major."""
 
     name: str
@@ -35,8 +35,7 @@ class ShardEntry:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectEntry:
+class ObjectEntry(Struct, frozen=True):
     """The bytes of what a layer saved beside weights (``_extra_state``), in a rank's memory."""
 
     name: str
@@ -45,16 +44,14 @@ class ObjectEntry:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Holdings:
+class Holdings(Struct, frozen=True):
     """What a rank says about itself: small, for all other ranks."""
 
     entries: tuple[ShardEntry, ...] = ()
     objects: tuple[ObjectEntry, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LiveTable:
+class LiveTable(Struct, frozen=True):
     """A chunk table and where its chunks are."""
 
     index: CheckpointIndex

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.api import OpenedModel, plan
 from dist_export.checkpoint.quantizer_names import ModuleName
@@ -26,8 +28,7 @@ from dist_export.targets.trtllm.target import TrtllmOptions
 _POSITIONS = "embedding.position_embeddings.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class LiveModel:
+class LiveModel(Struct, frozen=True):
     """A model in the memory of one process or of many."""
 
     opened: OpenedModel

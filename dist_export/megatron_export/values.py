@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 
@@ -23,8 +24,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 """``ModelType`` (megatron/core/export/model_type.py) -> the families here that it stood for."""
 
 
-@dataclass
-class ExportConfig:
+class ExportConfig(Struct):
     """The target layout, as megatron/core/export/export_config.py has it; theirs is accepted as well."""
 
     inference_tp_size: int = 1
@@ -34,8 +34,7 @@ class ExportConfig:
     """Ignored, as there: sharing is `share_embeddings_and_output_weights` of the helper."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankConfig:
+class RankConfig(Struct, frozen=True):
     """The configuration of one target rank: the contents of ``config.json``, and the rank."""
 
     values: Mapping[str, Any]

@@ -6,7 +6,8 @@ See `dist_export.models.adapters` for what the trainers do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.checkpoint.adapters import AdapterSettings
 from dist_export.errors import ExportError
@@ -17,8 +18,7 @@ Starts = Callable[[], Sequence[int]]
 """Gives rows at which a matrix was cut."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowOrder:
+class RowOrder(Struct, frozen=True):
     """What the order of rows depends on."""
 
     config: ModelConfig
@@ -26,8 +26,7 @@ class RowOrder:
     is_expert: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """`num_rows` rows of B, at `stored` in the file, belong to the weight's rows from `base` on."""
 
     base: int

@@ -21,9 +21,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.adapters import AdapterSettings, adapter_names
 from dist_export.checkpoint.index import CheckpointIndex
@@ -40,8 +41,7 @@ _NAME = re.compile(r"^(?P<module>.+)\.adapter(?:\.adapter_(?P<part>q|k|v|gate|up
 _DTYPES = frozenset(dtype.name for dtype in (FLOAT32, FLOAT16, BFLOAT16))
 
 
-@dataclass(slots=True)
-class _Side:
+class _Side(Struct):
     """A or B of a module's adapters: the stored tensors by the numbers in their names."""
 
     holes: list[str]
@@ -84,8 +84,7 @@ _Key = tuple[str, str]
 """Folded name of a module, and which part of its rows (``q``, ``gate``; empty for all)."""
 
 
-@dataclass(slots=True)
-class _Reader:
+class _Reader(Struct):
     """Finds what belongs together and what it adds."""
 
     index: CheckpointIndex

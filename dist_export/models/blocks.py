@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, cast, get_args
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 
@@ -18,8 +19,7 @@ Kind = Literal["full", "linear", "no_op"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """One layer. Sizes are 0 where there is nothing to have them."""
 
     attention: Kind
@@ -36,8 +36,7 @@ class Block:
                 raise ExportError(f"blocks: size {size} does not suit {name} {kind}")
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
+class Blocks(Struct, frozen=True):
     """All layers, in order."""
 
     layers: tuple[Block, ...]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from dist_export.errors import Faults
 from dist_export.tensors.boxes import Shape
@@ -27,8 +28,7 @@ Position = tuple[int, int]
 """(layer, expert); -1 where the name has no such hole, or where the hole is a dim of the stored tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
+class SourceTensor(Struct, frozen=True):
     """Where one layer's (and expert's) tensor lies, with the shape that is left after the fixed dims."""
 
     slab: Slab
@@ -36,8 +36,7 @@ class SourceTensor:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
+class _Stored(Struct, frozen=True):
     """A tensor as stored: which holes of its folded name are leading dims of it."""
 
     name: str
@@ -53,8 +52,7 @@ class _Stored:
         return all(0 <= index < size for index, size in zip(prefix, self.shape, strict=False))
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(Struct):
     """All stored tensors of one folded name, by the numbers in their own names."""
 
     holes: tuple[str, ...]
@@ -96,8 +94,7 @@ class _Entry:
         return tuple(max(n, 0) for n in named[len(named) - other.num_stacked :])
 
 
-@dataclass(slots=True)
-class SourceCatalog:
+class SourceCatalog(Struct):
     """Folded name -> stored tensors. Built once per run from names, shapes and dtypes.
 
     A tensor stacked over layers and experts is one entry whatever their number; slabs are made when asked for.

@@ -8,9 +8,11 @@ express is the target's business: only combinations that no model can have are r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.blocks import Blocks
@@ -28,8 +30,7 @@ ROPE_SCALING_KINDS: tuple[str, ...] = get_args(RopeScalingKind)
 ROUTER_SCORE_FUNCTIONS: tuple[str, ...] = get_args(RouterScoreFunction)
 
 
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
+class RopeScaling(Struct, frozen=True):
     """How rotary frequencies are stretched for long sequences.
 
     `linear` divides positions by `factor` and ignores the rest. `llama3` is the piecewise scaling of
@@ -74,8 +75,7 @@ class RopeScaling:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Struct, frozen=True, kw_only=True):
     """One decoder-only transformer, all layers alike except for `moe_layer_freq`.
 
     Raises:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Feature:
+class Feature(Struct, frozen=True):
     """Something uncommon about a model."""
 
     found: Callable[[ModelConfig], bool]

@@ -8,8 +8,9 @@ from those. All weights are ``[out, in]``; biases are 1-D and follow dim 0 of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig
@@ -26,8 +27,7 @@ class LayoutOp(Protocol):
         """The Megatron tensor made of `parts`: the inverse of `split`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Same:
+class Same(Struct, frozen=True):
     """The tensor as it is."""
 
     def split(self, view: View, config: ModelConfig) -> tuple[View, ...]:
@@ -38,8 +38,7 @@ class Same:
         return view
 
 
-@dataclass(frozen=True, slots=True)
-class SplitQKV:
+class SplitQKV(Struct, frozen=True):
     """Megatron's fused qkv <-> query, key, value.
 
     Rows are group-major: for each of the ``num_query_groups`` groups its query heads, one key head and
@@ -82,8 +81,7 @@ class SplitQKV:
         return ranges
 
 
-@dataclass(frozen=True, slots=True)
-class SplitHalves:
+class SplitHalves(Struct, frozen=True):
     """Gated ``linear_fc1`` <-> gate (first half, activated) and up (second half).
 
     On disk the global tensor is not interleaved by tp rank (megatron/core/transformer/mlp.py,
@@ -100,8 +98,7 @@ class SplitHalves:
         return concatenate(parts, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class SplitInterleaved:
+class SplitInterleaved(Struct, frozen=True):
     """Gated ``linear_fc1`` of experts trained with ``moe_mlp_glu_interleave_size`` <-> gate and up.
 
     On each expert-tp rank blocks of that many rows alternate, gate first (megatron/core/transformer/moe/experts.py,
@@ -141,8 +138,7 @@ def _first(item: tuple[int, object]) -> int:
     return item[0]
 
 
-@dataclass(frozen=True, slots=True)
-class SplitKeyValueUp:
+class SplitKeyValueUp(Struct, frozen=True):
     """``linear_kv_up_proj`` of latent attention <-> its unrotated keys and its values.
 
     Rows go head by head: of each head first the ``qk_nope_head_size`` of its keys, then the ``value_head_size`` of its
@@ -173,8 +169,7 @@ class SplitKeyValueUp:
         return config.qk_nope_head_size, config.value_head_size
 
 
-@dataclass(frozen=True, slots=True)
-class TrimVocabulary:
+class TrimVocabulary(Struct, frozen=True):
     """Padded vocabulary rows <-> the true vocabulary. The rows beyond it are Megatron's padding.
 
     With `copies` the same rows are also given as further logical tensors: tied embeddings feed the head.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog, SourceTensor
@@ -13,8 +14,7 @@ from dist_export.models.value_ops import ValueOp
 from dist_export.tensors.views import View
 
 
-@dataclass(frozen=True, slots=True)
-class LogicalTensor:
+class LogicalTensor(Struct, frozen=True):
     """A logical tensor as pieces of stored ones, with the arithmetic its values need."""
 
     view: View
@@ -23,8 +23,7 @@ class LogicalTensor:
     values: tuple[ValueOp, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(Struct, frozen=True):
     """Where a logical tensor comes from: the rule, which of its parts it is, and the stored tensor."""
 
     rule: SourceRule

@@ -11,15 +11,16 @@ A matrix product of a library sums in an order that depends on the shapes it is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.models.catalog import SourceTensor
 from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.tensors.views import Slab
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankTerm:
+class LowRankTerm(Struct, frozen=True):
     """``factor * b[b_row : b_row + n] @ a`` added to `n` rows of a slab. `a` is [rank, in], `b` is [any, rank]."""
 
     rows: tuple[int, int]
@@ -44,8 +45,7 @@ class LowRankTerm:
         return replace(self, rows=(self.rows[0] - by, self.rows[1] - by))
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankUpdate:
+class LowRankUpdate(Struct, frozen=True):
     """Everything that is added to a slab. The rows of its terms are disjoint."""
 
     terms: tuple[LowRankTerm, ...]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import Faults
 from dist_export.models.config import RopeScaling
@@ -100,8 +101,7 @@ class Arguments:
 ReaderFor = Callable[[str], Arguments]
 
 
-@dataclass(frozen=True, slots=True)
-class ArgumentRule:
+class ArgumentRule(Struct, frozen=True):
     """A field that is one argument, under any of `names`; `inverse` names hold its negation."""
 
     field: str

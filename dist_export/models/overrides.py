@@ -5,7 +5,6 @@ Values are typed from `ModelConfig` itself, so a new field is overridable the mo
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -19,7 +18,7 @@ from dist_export.models.blocks import Block, Blocks
 from dist_export.models.config import CHOICES, ModelConfig, RopeScaling
 
 COMMAND_LINE = "command line"
-FIELDS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(ModelConfig))
+FIELDS: tuple[str, ...] = ModelConfig.__struct_fields__
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _NONE = frozenset({"none", "null", ""})
@@ -218,7 +217,7 @@ def _coerce_integers(field: str, value: object) -> tuple[int, ...]:
 def _coerce_rope_scaling(field: str, value: object) -> RopeScaling:
     if isinstance(value, RopeScaling):
         return value
-    known = {item.name for item in dataclasses.fields(RopeScaling)}
+    known = set(RopeScaling.__struct_fields__)
     if not isinstance(value, Mapping) or not {"kind", "factor"} <= set(value) <= known:
         raise _wrong(field, value, f"a mapping with kind, factor and perhaps more of {', '.join(sorted(known))}")
     coercers = {"original_max_position_embeddings": _coerce_int, "truncate": _coerce_bool}
@@ -241,7 +240,7 @@ def _coerce_blocks(field: str, value: object) -> Blocks:
     """A list of mappings with the fields of `Block`."""
     if isinstance(value, Blocks):
         return value
-    names = {item.name for item in dataclasses.fields(Block)}
+    names = set(Block.__struct_fields__)
     if not isinstance(value, list) or not all(isinstance(entry, Mapping) and set(entry) == names for entry in value):
         raise _wrong(field, value, f"a list with {', '.join(sorted(names))} of every layer")
     return Blocks(tuple(Block(**entry) for entry in value))

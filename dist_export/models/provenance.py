@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.models.config import ModelConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """One source's value for one field.
 
     `source` is prose that stands alone: "checkpoint args: norm_epsilon", "tensor shape:
@@ -27,8 +27,7 @@ class Claim:
         return f"{self.source} {self.evidence}".strip()
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedConfig:
+class ResolvedConfig(Struct, frozen=True):
     """A model configuration, the source of each of its fields, and what the user should know about it.
 
     `provenance` has one entry for every field of `ModelConfig`. `notes` are complete sentences.

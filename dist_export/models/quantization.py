@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from math import prod
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import (
     ModuleName,
@@ -76,8 +78,7 @@ WEIGHT_ONLY = {Scheme.INT8_WO, Scheme.INT4_WO}
 SUPPORTED = PER_TENSOR | PER_ROW | PER_BLOCK | WEIGHT_ONLY
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizerTensors:
+class QuantizerTensors(Struct, frozen=True):
     """The quantisers' tensors of a checkpoint and of a calibration file, by module."""
 
     catalog: SourceCatalog
@@ -128,8 +129,7 @@ def _is_of_all_experts(tensor: QuantizerTensor, shape: Shape) -> bool:
     return tensor.quantizer is Quantizer.INPUT or prod(shape) == 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Quantization:
+class Quantization(Struct, frozen=True, eq=False):
     """Everything an export must know to quantise, but the numbers themselves."""
 
     schemes: Mapping[ModuleName, LinearScheme]

@@ -7,11 +7,11 @@ on what a tensor looks like, because most of these change the function and leave
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(Struct, frozen=True):
     """`argument` set to a value for which `refuses` is true cannot be exported, because `reason`."""
 
     argument: str

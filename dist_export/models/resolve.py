@@ -8,10 +8,11 @@ override replaces an argument, which is noted.
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Mapping
 from typing import Any
+
+from msgspec.structs import fields
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models import attention, heterogeneous, latent_attention, megatron_arguments, yarn
@@ -47,7 +48,7 @@ __all__ = ["overrides_from_file", "parse_override", "resolve_config"]
 
 #: Fields where the tensors beat the saved arguments without an error.
 _SHAPES_WIN = frozenset({"padded_vocab_size"})
-#: Fields of a mixture of experts; a dense model has the dataclass's defaults whatever its arguments say.
+#: Fields of a mixture of experts; a dense model has the class's defaults whatever its arguments say.
 _MOE_FIELDS = tuple(field for field in FIELDS if field.startswith("moe_"))
 #: Fields that change the function and leave no trace in shapes: without arguments the user must give them.
 _UNPROVEN = ("norm_epsilon", "activation", "zero_centered_norm", "position_embedding", "max_position_embeddings")
@@ -289,14 +290,14 @@ def _settle_position(
 
 
 def _default(field: str) -> object:
-    return next(item.default for item in dataclasses.fields(ModelConfig) if item.name == field)
+    return next(item.default for item in fields(ModelConfig) if item.name == field)
 
 
 def _add_missing(
     chosen: dict[str, Claim], reader: Arguments | None, shapes: Shapes, faults: Faults, notes: list[str]
 ) -> None:
     """Give fields that are still open Megatron's default where that is safe; the others are one fault."""
-    required = {item.name for item in dataclasses.fields(ModelConfig) if item.default is dataclasses.MISSING}
+    required = {item.name for item in fields(ModelConfig) if item.required}
     if reader is None:
         required |= _needed_without_arguments(chosen, shapes)
     missing = [field for field in FIELDS if field in required and field not in chosen]

@@ -14,9 +14,10 @@ names without that hole hold all experts of a rank (see `TargetRule`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from dist_export.models.config import ModelConfig
 from dist_export.models.features import Feature
@@ -46,8 +47,7 @@ def every_layer(config: ModelConfig, layer: int) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRule:
+class SourceRule(Struct, frozen=True):
     """One Megatron tensor -> logical tensors."""
 
     source: str
@@ -70,8 +70,7 @@ class Scope(Enum):
     """``{layer}`` counts on from the last decoder layer in target names, and from 0 in logical names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(Struct, frozen=True):
     """A logical tensor and the part of it that one rank's target tensor takes."""
 
     logical: str
@@ -80,8 +79,7 @@ class Input:
     """When the checkpoint has no such tensor: zeros with as many rows as this logical weight."""
 
 
-@dataclass(frozen=True, slots=True)
-class TargetRule:
+class TargetRule(Struct, frozen=True):
     """One target tensor <- logical tensors, joined along dim 0 in order.
 
     Where only the logical names have an ``{expert}`` hole (all of them or none), that is done for every expert of the
@@ -122,8 +120,7 @@ class Architecture(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """A model family: what makes a model one of it, and how its tensors map."""
 
     name: str

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig
 from dist_export.tensors.views import View, concatenate
 
 
-@dataclass(frozen=True, slots=True)
-class TensorParallel:
+class TensorParallel(Struct, frozen=True):
     """A position on the tp axis."""
 
     rank: int
@@ -32,8 +32,7 @@ class ShardOp(Protocol):
         """The logical tensor from the shards of all tp ranks, in rank order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Replicate:
+class Replicate(Struct, frozen=True):
     """Every rank holds all of it: norms, biases added after the all-reduce."""
 
     def take(self, view: View, tp: TensorParallel, config: ModelConfig) -> View:
@@ -43,8 +42,7 @@ class Replicate:
         return shards[0]
 
 
-@dataclass(frozen=True, slots=True)
-class OnFirstRank:
+class OnFirstRank(Struct, frozen=True):
     """The first rank holds all of it, the others zeros: biases that every rank adds before an all-reduce."""
 
     def take(self, view: View, tp: TensorParallel, config: ModelConfig) -> View:
@@ -54,8 +52,7 @@ class OnFirstRank:
         return shards[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(Struct, frozen=True):
     """Equal slices along `dim`, exact or refused."""
 
     dim: int
@@ -70,8 +67,7 @@ class Slice:
         return concatenate(shards, self.dim)
 
 
-@dataclass(frozen=True, slots=True)
-class SliceHeads:
+class SliceHeads(Struct, frozen=True):
     """Query heads, divided among the ranks along dim 0."""
 
     def take(self, view: View, tp: TensorParallel, config: ModelConfig) -> View:
@@ -83,8 +79,7 @@ class SliceHeads:
         return concatenate(shards, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class SliceKeyValueHeads:
+class SliceKeyValueHeads(Struct, frozen=True):
     """Key/value heads along dim 0; with fewer heads than ranks each head is repeated tp/heads times in a row.
 
     Rank r then holds head ``r // (tp / heads)`` (tensorrt_llm/models/convert_utils.py, ``dup_kv_weight``).
@@ -106,8 +101,7 @@ class SliceKeyValueHeads:
         return concatenate(shards[::step], 0)
 
 
-@dataclass(frozen=True, slots=True)
-class SlicePadded:
+class SlicePadded(Struct, frozen=True):
     """Equal slices of dim 0 after zero rows round it up to a multiple of tp.
 
     tensorrt_llm/models/convert_utils.py, ``split_matrix_tp`` of a table padded by

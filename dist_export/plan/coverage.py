@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from dist_export.plan.recipes import Stored
 from dist_export.plan.shard import ShardPlan
@@ -12,8 +13,7 @@ from dist_export.tensors.boxes import Box, Shape, first_overlap, uncovered_eleme
 from dist_export.tensors.views import Slab
 
 
-@dataclass(slots=True)
-class _Open:
+class _Open(Struct):
     """A slab of which some elements are not known to be taken yet."""
 
     shape: Shape

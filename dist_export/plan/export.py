@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from dist_export.errors import Faults
 from dist_export.models.catalog import SourceCatalog
@@ -41,8 +42,7 @@ class FileMaker(Protocol):
         """JSON files that describe the tensor files, by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardSummary:
+class ShardSummary(Struct, frozen=True):
     """What is kept of a shard plan by processes that do not make the file."""
 
     file_name: str
@@ -51,8 +51,7 @@ class ShardSummary:
     """SHA-256 of the plan, hexadecimal."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportPlan:
+class ExportPlan(Struct, frozen=True, kw_only=True):
     """Everything an export to one target will write, decided from metadata alone. The same on every rank."""
 
     target: str

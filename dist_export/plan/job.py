@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceCatalog
@@ -11,8 +12,7 @@ from dist_export.plan.export import ExportPlan, ShardSummary, validate
 from dist_export.plan.shard import ShardPlan
 
 
-@dataclass(frozen=True, slots=True)
-class ExportJob:
+class ExportJob(Struct, frozen=True):
     """Export plans of one checkpoint. Their files are numbered through, in order of the plans."""
 
     plans: tuple[ExportPlan, ...]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.models.shard_ops import TensorParallel
 
 
-@dataclass(frozen=True, slots=True)
-class TargetLayout:
+class TargetLayout(Struct, frozen=True):
     """A tp x pp grid of target ranks. Rank order is tp fastest: ``rank = pp_rank * tp_size + tp_rank``.
 
     tensorrt_llm/mapping.py, class ``Mapping`` (context parallelism 1).

@@ -9,7 +9,8 @@ and not once per file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.plan.work import Fill, SlabUses, Use, WorkItem
@@ -17,8 +18,7 @@ from dist_export.plan.work import Fill, SlabUses, Use, WorkItem
 SHARE_MIN_BYTES = 1 << 16  # below this a row cut for several targets is cheaper to read again than to share
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """Processes, the nodes they run on, and the target files each of them owns."""
 
     node_of_process: tuple[int, ...]

@@ -7,8 +7,10 @@ dialect.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer
 from dist_export.checkpoint.quantizer_scheme import LinearScheme, Scheme
@@ -58,8 +60,7 @@ class Role(Enum):
     PRE_QUANT_SCALE = "what activations are multiplied by first"
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(Struct, frozen=True):
     """How a target names and shapes what belongs to a quantised linear."""
 
     names: Mapping[Scheme, Mapping[Role, str]]
@@ -84,8 +85,7 @@ NORM_OF = {
 """Logical weight -> the norm whose output is its input."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinearQuantizer:
+class LinearQuantizer(Struct, frozen=True):
     """Quantises the weights of a target as the model's `Quantization` says."""
 
     quantization: Quantization
@@ -155,8 +155,7 @@ class LinearQuantizer:
         return (change - 1 if self.quantization.logical.config.zero_centered_norm else change) < 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
+class _Linear(Struct, frozen=True):
     """One quantised target weight."""
 
     quantizer: LinearQuantizer

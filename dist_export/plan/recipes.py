@@ -7,9 +7,10 @@ weights that they belong to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+
+from msgspec import Struct
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.tensors.boxes import Shape
@@ -75,8 +76,7 @@ class ScaleForm(Enum):
     """Of weights that are stored as INT4: largest code / amax, rounded to the model's element type, or infinity."""
 
 
-@dataclass(frozen=True, slots=True)
-class TableScales:
+class TableScales(Struct, frozen=True):
     """Weight scales of whole modules: amax / divisor in float32."""
 
     groups: Groups
@@ -84,8 +84,7 @@ class TableScales:
     divisor: float
 
 
-@dataclass(frozen=True, slots=True)
-class StoredScales:
+class StoredScales(Struct, frozen=True):
     """Scales of rows or blocks of columns: the stored amax / divisor in float32, or what `form` says."""
 
     view: View
@@ -95,8 +94,7 @@ class StoredScales:
     form: ScaleForm = ScaleForm.AMAX
 
 
-@dataclass(frozen=True, slots=True)
-class Factors:
+class Factors(Struct, frozen=True):
     """A factor of the activations of a linear, one per channel."""
 
     view: View
@@ -104,8 +102,7 @@ class Factors:
     dtype: DType
 
 
-@dataclass(frozen=True, slots=True)
-class Smoothing:
+class Smoothing(Struct, frozen=True):
     """What weights are divided by before they are quantised: each column by its own number.
 
     The quotient is rounded to the weights' own element type, as a checkpoint that ModelOpt smoothed stores it
@@ -117,8 +114,7 @@ class Smoothing:
     dtype: DType
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(Struct, frozen=True):
     """Codes of a weight."""
 
     codes: Codes
@@ -146,8 +142,7 @@ class Encoded:
         return faults
 
 
-@dataclass(frozen=True, slots=True)
-class Scalars:
+class Scalars(Struct, frozen=True):
     """Scales out of the table, one per group."""
 
     groups: Groups
@@ -164,8 +159,7 @@ class Scalars:
         return self.shape
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(Struct, frozen=True):
     """Values that are known already."""
 
     values: tuple[float, ...]
@@ -176,8 +170,7 @@ class Constant:
         return self.shape
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """A quantiser's tensor in the order of the weight that it belongs to, divided in float32 if a divisor is given."""
 
     view: View
@@ -200,8 +193,7 @@ class Stored:
         return self.view.shape[:-1] if self.squeezed else self.view.shape
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
+class Folded(Struct, frozen=True):
     """A norm's weight or bias that takes over the factor of the activations behind it: (w [+ 1]) x factor [- 1].
 
     The product is rounded once, to the element type of the export.
@@ -216,8 +208,7 @@ class Folded:
         return shape
 
 
-@dataclass(frozen=True, slots=True)
-class Absorbed:
+class Absorbed(Struct, frozen=True):
     """Queries of latent attention that take the keys' projection in, so that scores need the latents alone.
 
     The view holds the queries' rows, head by head: ``num_nope`` without rotation, then those that are rotated. Of each

@@ -6,9 +6,11 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.logical import LogicalModel, LogicalTensor
@@ -23,8 +25,7 @@ from dist_export.tensors.safetensors_format import DATA_ALIGNMENT, build_header
 from dist_export.tensors.views import View, concatenate, stack
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
+class PlannedTensor(Struct, frozen=True):
     """One tensor of an output file: where it goes, which pieces of the source it is made of, what is done to them."""
 
     name: str
@@ -85,8 +86,7 @@ class PlannedTensor:
         return tuple(op.value for op in self.values) + cast + transposition + recipe
 
 
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
+class ShardPlan(Struct, frozen=True):
     """Everything one output file will hold. Made from the same inputs, it has the same `digest` everywhere."""
 
     file_name: str
@@ -133,8 +133,7 @@ def place(tensors: Iterable[PlannedTensor], file_name: str) -> ShardPlan:
     return ShardPlan(file_name, tuple(placed))
 
 
-@dataclass(frozen=True, slots=True)
-class _Instance:
+class _Instance(Struct, frozen=True):
     """A rule at one place: global layer and expert, -1 where its name has no such hole."""
 
     rule: TargetRule
@@ -143,8 +142,7 @@ class _Instance:
     expert: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """A logical tensor within a target tensor, and how it was cut."""
 
     input: Input
@@ -152,8 +150,7 @@ class Part:
     expert: int
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(Struct, frozen=True):
     """A target tensor before anything is joined: the parts of every slice along its leading dim."""
 
     rule: TargetRule
@@ -176,8 +173,7 @@ class TensorQuantizer(Protocol):
         """The weight's codes and its scales, or the tensor as it is. Raises `ExportError`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardPlanner:
+class ShardPlanner(Struct, frozen=True):
     """Makes the plan of any rank of a layout from a target's table and a model's logical tensors."""
 
     rules: tuple[TargetRule, ...]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import LinearScheme, Scheme
@@ -16,8 +17,7 @@ Kind = tuple[Scheme, int | None]
 PLAIN: Kind = (Scheme.NONE, None)
 
 
-@dataclass(frozen=True, slots=True)
-class TargetModule:
+class TargetModule(Struct, frozen=True):
     """A linear of the target."""
 
     name: str

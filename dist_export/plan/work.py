@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.models.low_rank import LowRankUpdate, Updates
@@ -27,8 +28,7 @@ Rectangle = tuple[int, int, int, int]
 """First row, row end (exclusive), first column, column end (exclusive)."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(Struct, frozen=True):
     """A planned tensor in one of the run's output files."""
 
     file: int
@@ -55,8 +55,7 @@ class OutputTensor:
         return self.data_start + self.planned.offset
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(Struct, frozen=True):
     """A rectangle of a source slab and the place in an output tensor that it fills."""
 
     source: Rectangle
@@ -94,8 +93,7 @@ class Use:
         return _area(_clipped(self.source, rows)) // (down * across) * self.output.planned.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(Struct, frozen=True):
     """`num_elements` of an output tensor from element `first` on that no tile makes: zeros, or a small tensor."""
 
     output: OutputTensor
@@ -121,8 +119,7 @@ class Fill:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class WorkItem:
+class WorkItem(Struct, frozen=True):
     """Some rows of one source slab with everything that is made of them. `rows` is (first, end)."""
 
     slab: Slab
@@ -180,8 +177,7 @@ def flat_rectangle(box: Box, shape: Shape) -> Rectangle:
     return first, first + rows, box.start[-1], box.start[-1] + box.size[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class SlabUses:
+class SlabUses(Struct, frozen=True):
     """A source slab and every use of it in the run, by output file."""
 
     slab: Slab

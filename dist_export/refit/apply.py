@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isal.isal_zlib import crc32
+from msgspec import Struct, field
 
 from dist_export.errors import ExportError, Faults
 from dist_export.refit import redo
@@ -34,8 +34,7 @@ from dist_export.verify.files import LOADED
 _COPY_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
+class _Tensor(Struct, frozen=True):
     """A tensor of the new export: in the delta, or as it is in the old one."""
 
     number: int
@@ -54,8 +53,7 @@ class _Tensor:
         return self.source is not self.place
 
 
-@dataclass(slots=True)
-class DeltaSession:
+class DeltaSession(Struct):
     """One process's part of applying a delta."""
 
     delta: Delta

@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export import api
 from dist_export.api import OpenedModel, Source
@@ -31,8 +33,7 @@ _PROVENANCE = ("producer", "transformers_version")
 _MOST_NAMED = 5
 
 
-@dataclass(frozen=True, slots=True)
-class BaseFolder:
+class BaseFolder(Struct, frozen=True):
     """One target's folder of the export."""
 
     folder: str
@@ -58,8 +59,7 @@ class BaseFolder:
         return FolderChange(self.folder, self.manifest_digest, digest_of(documents / MANIFEST), tuple(remove))
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
+class Base(Struct, frozen=True):
     """An export, of one target or of several."""
 
     output: Path

@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.api import Source
 from dist_export.checkpoint.open import Checkpoint
@@ -117,8 +118,7 @@ def _finish_interrupted(options: argparse.Namespace, group: Group) -> int:
     return exit_codes.OK
 
 
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
+class _Checkpoint(Struct, frozen=True):
     """A refit to a checkpoint, or a delta of one, as a command line asks for it."""
 
     options: argparse.Namespace
@@ -193,8 +193,7 @@ class _Checkpoint:
         return "\n".join([*lines, *_engines(self.options, self.base, names)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Delta:
+class _Delta(Struct, frozen=True):
     """A delta that is to be applied."""
 
     options: argparse.Namespace

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isal.isal_zlib import crc32
+from msgspec import Struct, field, to_builtins
 
 import dist_export
 from dist_export.convert.outputs import write_error
@@ -32,8 +32,7 @@ FORMAT_VERSION = 1
 _COPY_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaFile:
+class DeltaFile(Struct, frozen=True):
     """A file of changed tensors."""
 
     number: int
@@ -43,8 +42,7 @@ class DeltaFile:
     """Name -> dtype, shape and CRC-32 of the new bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaFolder:
+class DeltaFolder(Struct, frozen=True):
     """One target of a delta."""
 
     folder: str
@@ -60,8 +58,7 @@ class DeltaFolder:
     """Name -> SHA-256."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """A delta folder's index."""
 
     path: Path
@@ -72,7 +69,7 @@ class Delta:
         plain = {
             "format_version": FORMAT_VERSION,
             "producer": {"name": "dist_export", "version": dist_export.__version__},
-            "folders": [asdict(each) for each in self.folders],
+            "folders": [to_builtins(each) for each in self.folders],
         }
         publication.write_file(folder / INDEX, (json.dumps(plain, indent=1) + "\n").encode())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field, to_builtins
 
 from dist_export.convert.journal import Journal
 from dist_export.convert.ledger import Ledger
@@ -20,8 +21,7 @@ from dist_export.runtime.watch import Watcher
 from dist_export.staged_files import COPY_BYTES, Runs
 
 
-@dataclass(slots=True)
-class Changes:
+class Changes(Struct):
     """What differs from the old export. On rank 0 of all processes together, elsewhere of this one."""
 
     num_blocks: int = 0
@@ -37,7 +37,7 @@ class Changes:
 
     def encode(self) -> bytes:
         """As bytes for another rank."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(to_builtins(self)).encode()
 
     def add(self, _rank: int, data: bytes) -> None:
         """Take over what another rank encoded."""
@@ -49,8 +49,7 @@ class Changes:
             self.tensors[int(number)] = sorted({*self.tensors.get(int(number), ()), *tensors})
 
 
-@dataclass(slots=True)
-class ComparedFiles:
+class ComparedFiles(Struct):
     """Old files, the log of one process, and at the end what has changed in all of them."""
 
     group: Group
@@ -92,8 +91,7 @@ class ComparedFiles:
             file.close()
 
 
-@dataclass(slots=True)
-class RefitFiles:
+class RefitFiles(Struct):
     """What `dist_export.session.ExportSession` writes to when it refits (`dist_export.staged_files.RunFiles`)."""
 
     job: ExportJob

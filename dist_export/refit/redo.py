@@ -15,10 +15,10 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from isal.isal_zlib import crc32
+from msgspec import Struct, to_builtins
 
 from dist_export.convert.journal import read_fingerprint
 from dist_export.convert.outputs import write_error
@@ -37,8 +37,7 @@ Told = Callable[[int, int], None]
 """Called with bytes read and written; may raise to stop the work."""
 
 
-@dataclass(frozen=True, slots=True)
-class FolderChange:
+class FolderChange(Struct, frozen=True):
     """What becomes of one target's folder."""
 
     folder: str
@@ -50,8 +49,7 @@ class FolderChange:
     """Files that the new export no longer has."""
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Struct, frozen=True):
     """What a redo folder is for, and what it must hold."""
 
     files: tuple[str, ...]
@@ -63,7 +61,7 @@ class Commit:
 
 def commit(prepared: Path, output: Path, record: Commit) -> None:
     """Make a prepared folder (its logs are on disk) the redo folder of `output`, in one step. Raises `ExportError`."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(record)}, indent=1)
+    text = json.dumps({"format_version": FORMAT_VERSION, **to_builtins(record)}, indent=1)
     publication.write_file(prepared / COMMIT, f"{text}\n".encode())
     with _writing(output / REFIT):
         for folder in (prepared, *(path for path in prepared.rglob("*") if path.is_dir())):

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import to_builtins
 
 from dist_export.agreement import Agreement
 from dist_export.convert.journal import read_fingerprint
@@ -152,7 +154,7 @@ class RefitSession(ExportSession):
     def _publish_delta(self) -> None:
         """All ranks: tell rank 0 what they wrote; it writes the index and publishes."""
         assert self._files_made is not None
-        mine = json.dumps([asdict(each) for each in self._files_made.delta_files]).encode()
+        mine = json.dumps([to_builtins(each) for each in self._files_made.delta_files]).encode()
         gathered = self.group.gather("delta files", mine)
         if gathered is None or self.staging is None:
             return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import traceback
-from dataclasses import asdict, dataclass
 from typing import Literal, get_args
+
+from msgspec import Struct, to_builtins
 
 from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
@@ -42,8 +43,7 @@ class TerminatedError(SystemExit):
         return f"stopped by {signal.Signals(self.signal_number).name}"
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(Struct, frozen=True):
     """The cause of a failed run: `rank` failed (-1: the launching process), `reporter` noticed and prints it."""
 
     rank: int
@@ -64,7 +64,7 @@ class Failure:
 
     def encode(self) -> bytes:
         """ASCII JSON of at most a few times `MAX_MESSAGE`; the middle of a longer message is left out."""
-        return json.dumps(asdict(self) | {"message": _shortened(self.message)}).encode("ascii")
+        return json.dumps(to_builtins(self) | {"message": _shortened(self.message)}).encode("ascii")
 
     @staticmethod
     def decode(data: bytes) -> Failure:

@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from dist_export.runtime import exit_codes
 from dist_export.runtime.failure import Failure, StoreLostError
@@ -30,8 +31,7 @@ LAUNCHER_GONE = "has lost the launcher's process that started it (killed?)"
 _ABORT_LOOK_S = 0.2
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(Struct, frozen=True):
     """Time limits of a run, all in seconds.
 
     `timeout_s`: a wait fails after this long without progress of any rank (bytes counted or steps reached).
@@ -47,8 +47,7 @@ class Timing:
     linger_s: float = 5.0
 
 
-@dataclass
-class _Peer:
+class _Peer(Struct):
     process: str = ""
     beat: bytes | None = None
     silent_s: float = 0.0

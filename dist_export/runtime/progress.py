@@ -6,8 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TextIO
+
+from msgspec import Struct
 
 #: Seconds over which the shown rate is averaged.
 _RATE_WINDOW_S = 10.0
@@ -17,8 +18,7 @@ _PLAIN_INTERVAL_S = 10.0
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
-@dataclass(frozen=True)
-class ProgressCounts:
+class ProgressCounts(Struct, frozen=True):
     """Bytes read and written so far, and to be written in all."""
 
     bytes_read: int = 0

@@ -10,8 +10,9 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 
@@ -24,8 +25,7 @@ _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_
 _MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
-@dataclass(frozen=True)
-class World:
+class World(Struct, frozen=True):
     """Where this process stands among the processes of the run.
 
     `node_rank` is the number of this process's node, or -1 where the launcher does not tell it (MPI over several

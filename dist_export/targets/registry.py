@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from dist_export.checkpoint.quantizer_scheme import Scheme
 from dist_export.plan.export import ExportPlan
@@ -14,8 +15,7 @@ from dist_export.targets.trtllm import quantization as trtllm_quantization
 from dist_export.targets.trtllm import target as trtllm
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(Struct, frozen=True, kw_only=True):
     """Something that exports are made for."""
 
     name: str
@@ -25,7 +25,7 @@ class Target:
     runtimes: str
     """What loads its exports."""
     options: Any
-    """The dataclass of what the user chooses; ``from_plain`` makes it from a manifest's values."""
+    """The class of what the user chooses; ``from_plain`` makes it from a manifest's values."""
     plan_export: Callable[..., ExportPlan]
     """(family, resolved configuration, catalog, options, quantization=, folder=) -> the plan, from metadata alone."""
     schemes: tuple[Scheme, ...] = ()
@@ -53,7 +53,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 def target_of(options: object) -> Target:
-    """The target that options, an instance of its dataclass, are for."""
+    """The target that options, an instance of its options class, are for."""
     return next(target for target in TARGETS if isinstance(options, target.options))
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import add, sub
+
+from msgspec import Struct
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(Struct, frozen=True):
     """A region of a tensor; `start` is inclusive, `start + size` exclusive, in elements per dim."""
 
     start: Shape

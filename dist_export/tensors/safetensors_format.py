@@ -11,8 +11,9 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Shape
@@ -22,8 +23,7 @@ DATA_ALIGNMENT = 4096  # bytes, one page: tensors then start on page boundaries 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(Struct, frozen=True):
     """A tensor in a safetensors file."""
 
     dtype: DType

@@ -8,15 +8,15 @@ into views, so a chain of them dissolves into a flat list of copies before a byt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import add
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Box, Shape, partition_faults
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Slab:
+class Slab(Struct, frozen=True, order=True):
     """A source tensor with leading dims fixed: layer 3 of a stacked weight, expert 7 of layer 3.
 
     `name` is the tensor's global name and `prefix` the fixed leading indices; what is left is the
@@ -34,8 +34,7 @@ class Slab:
         return self.name + "".join(f"[{i}]" for i in self.prefix)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """`box` of the view equals the box of the same size at `source_start` of `slab`; zeros when `slab` is None."""
 
     box: Box
@@ -48,8 +47,7 @@ class Piece:
         return Box(self.source_start, self.box.size)
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(Struct, frozen=True):
     """A tensor of `shape` made of `pieces` that tile it."""
 
     shape: Shape

@@ -10,10 +10,10 @@ beside the products must be those of the checkpoint, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
@@ -33,8 +33,7 @@ FLOAT32_ROUNDING = 2.0**-24
 MOST_GATHERED = 4096  # elements whose bounds are computed one by one
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(Struct, frozen=True):
     """A product that the rules call for, and where it lies in the output."""
 
     output: OutputTensor

@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32
+from msgspec import Struct, field, to_builtins
 
 from dist_export.convert.ledger import Run, merged
 from dist_export.plan.shard import PlannedTensor
@@ -37,8 +37,7 @@ SPECIAL = {
 """Bits without sign from which on an element is no finite number (float8_e4m3fn has one NaN and no infinities)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """Bytes ``start : end`` of a tensor."""
 
     output: OutputTensor
@@ -46,8 +45,7 @@ class Segment:
     end: int
 
 
-@dataclass(slots=True)
-class SegmentResult:
+class SegmentResult(Struct):
     """What one segment holds. Exchanged between ranks as JSON."""
 
     tensor: TensorId
@@ -61,8 +59,7 @@ class SegmentResult:
     """Whether some byte is not zero."""
 
 
-@dataclass(slots=True)
-class TensorSums:
+class TensorSums(Struct):
     """Results of all segments of all tensors."""
 
     by_tensor: dict[TensorId, list[SegmentResult]] = field(default_factory=dict)
@@ -106,7 +103,7 @@ def checksum_segments(
 
 def encode(results: Iterable[SegmentResult]) -> bytes:
     """As bytes for another rank."""
-    return json.dumps([asdict(each) for each in results]).encode()
+    return json.dumps([to_builtins(each) for each in results]).encode()
 
 
 def decode(data: bytes) -> list[SegmentResult]:

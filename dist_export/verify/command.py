@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
+
+from msgspec import to_builtins
 
 from dist_export.checkpoint.archive import is_tar, open_tar
 from dist_export.errors import ExportError
@@ -62,5 +63,5 @@ def _verify_logits(options: argparse.Namespace, folder: Path) -> int:
         iteration=source.iteration,
         overrides=source.overrides,
     )
-    print(json.dumps(asdict(report)) if options.json else report, flush=True)
+    print(json.dumps(to_builtins(report)) if options.json else report, flush=True)
     return exit_codes.OK if report.agrees else exit_codes.NOT_VERIFIED

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from threading import Lock
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.convert.execute import Converter
 from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
@@ -31,8 +32,7 @@ from dist_export.verify.source_reader import SourceReader
 BAND_BYTES = 1 << 20  # of source rows compared at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """A target tensor that is not what one source tensor makes it."""
 
     tensor: TensorId

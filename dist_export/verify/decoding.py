@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct, field
 
 from dist_export.errors import ExportError
 
@@ -94,8 +94,7 @@ def _values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.float()
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedFile:
+class DecodedFile(Struct, frozen=True):
     """A safetensors handle whose quantised weights look like plain ones of `dtype`."""
 
     handle: Any
@@ -148,8 +147,7 @@ class DecodedFile:
 _TYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedSlice:
+class DecodedSlice(Struct, frozen=True):
     """What ``safe_open().get_slice`` returns, of a `DecodedFile`."""
 
     file: DecodedFile

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
@@ -27,8 +29,7 @@ from dist_export.verify.output import OutputReader, Region
 MOST_EXPERTS = 8  # differing experts of a stacked tensor that are tried in pairs
 
 
-@dataclass(frozen=True, slots=True)
-class Suspect:
+class Suspect(Struct, frozen=True):
     """A target tensor that differs, and what should have made it."""
 
     inverse: InverseRules
@@ -91,8 +92,7 @@ class Suspect:
         return replace(self.planned, view=view)
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Guess(Struct, frozen=True):
     """A mistake and what the tensor would hold had it been made; None when the differences alone prove it."""
 
     mistake: str

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from dist_export import export_report
 from dist_export.errors import ExportError
@@ -24,8 +25,7 @@ LOADED = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".index.json", ".py")
 """Endings that loaders of such folders look for: a stray file with one of them may be served."""
 
 
-@dataclass(slots=True)
-class FolderCheck:
+class FolderCheck(Struct):
     """What is wrong with a folder, and which of its tensor files can be read."""
 
     faults: list[Finding] = field(default_factory=list)

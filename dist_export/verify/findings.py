@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+
+from msgspec import Struct, field, to_builtins
 
 from dist_export.errors import Faults
 from dist_export.runtime.progress import format_bytes, format_rate
@@ -14,8 +15,7 @@ LEVELS = (CHECKSUMS, COVERAGE, REBUILD)
 """What a user chooses from, cheapest first. The plan is always compared: it costs no data."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """Something wrong with an export."""
 
     level: str
@@ -27,8 +27,7 @@ class Finding:
         return f"{self.where}: {self.message}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
+class VerifyReport(Struct, frozen=True, kw_only=True):
     """The verdict on one output folder; the same on every rank. Frozen; prints as text, dumps as JSON."""
 
     output: str
@@ -55,7 +54,7 @@ class VerifyReport:
 
     def to_json(self) -> str:
         """Everything, as a JSON object with ``ok`` in front."""
-        return json.dumps({"ok": self.ok, **asdict(self)}, indent=1)
+        return json.dumps({"ok": self.ok, **to_builtins(self)}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> VerifyReport:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 from dist_export.verify import trace as at
@@ -22,8 +22,7 @@ INSTALL_HINT = "logits of a Hugging Face folder are computed by transformers; ru
 _ATTENTION = "dist_export_recording"
 
 
-@dataclass(frozen=True, slots=True)
-class Modules:
+class Modules(Struct, frozen=True):
     """Where an architecture's modules are: paths from the model, and from a layer."""
 
     layers: str

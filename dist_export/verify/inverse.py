@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import product
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceTensor
@@ -30,8 +32,7 @@ from dist_export.verify.output import PlannedOutput
 PADDING = "padding rows of the vocabulary"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Global numbers of a layer and of an expert in it, -1 where there is none."""
 
     layer: int = -1
@@ -46,8 +47,7 @@ class Place:
         return f"{layer}, expert {self.expert}" if self.expert >= 0 else layer
 
 
-@dataclass(frozen=True, slots=True)
-class SourceOrigin:
+class SourceOrigin(Struct, frozen=True):
     """One Megatron tensor, or one layer or expert of it, and the rule that takes it apart."""
 
     rule: SourceRule
@@ -58,8 +58,7 @@ class SourceOrigin:
         return f"{self.tensor.slab}" + (f" ({self.place})" if self.place.layer >= 0 else "")
 
 
-@dataclass(frozen=True, slots=True)
-class RebuiltSource:
+class RebuiltSource(Struct, frozen=True):
     """A source slab with every place in the output that its elements must be found in."""
 
     origin: SourceOrigin

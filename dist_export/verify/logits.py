@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint.open import Checkpoint, open_checkpoint
 from dist_export.errors import ExportError
@@ -32,8 +33,7 @@ the layout; the error grows with the length of sums and the number of layers, an
 DEFAULT_NUM_TOKENS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class StateDifference:
+class StateDifference(Struct, frozen=True):
     """How far a hidden state is from the reference's."""
 
     point: Point
@@ -45,8 +45,7 @@ class StateDifference:
     """The export's tensors that make this state."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogitsDifference:
+class LogitsDifference(Struct, frozen=True):
     """An export's logits against a reference's, over all tokens and the true vocabulary."""
 
     num_tokens: int
@@ -68,8 +67,7 @@ class LogitsDifference:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class LogitsReport:
+class LogitsReport(Struct, frozen=True):
     """Whether an export computes the checkpoint's model, and where it stops doing so."""
 
     difference: LogitsDifference

@@ -10,10 +10,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.verify import megatron_experts as experts
@@ -22,8 +22,7 @@ from dist_export.verify import megatron_layers as variants
 INSTALL_HINT = "the checkpoint's own model is run by Megatron-Core; run: pip install megatron-core einops"
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
+class Ranks(Struct, frozen=True):
     """The processes that hold one model together, seen from one of them: tp x pp of them, tp ranks side by side."""
 
     rank: int = 0

@@ -9,10 +9,10 @@ Importing this module imports torch; megatron-core is imported when it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import Struct
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import Faults
@@ -27,8 +27,7 @@ _OTHER_NAMES = {
 """Keys of the fused layer spec -> what specs without fusion and older releases write."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rounding:
+class Rounding(Struct, frozen=True):
     """How an export rounds the checkpoint's weights."""
 
     dtype: torch.dtype
@@ -45,8 +44,7 @@ Read = Callable[[str, Box], torch.Tensor]
 """Reads a box of a stored tensor, in its stored element type."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterSource:
+class ParameterSource(Struct, frozen=True):
     """A parameter: the boxes of the checkpoint's tensors that it is put together from, in Megatron's order."""
 
     parts: tuple[tuple[str, Box], ...]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.errors import ExportError
 from dist_export.plan.export import ExportPlan
@@ -67,8 +67,7 @@ class PlannedOutput:
         return self.tensors[file, index], tuple(prefix)
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct, frozen=True):
     """Rows and columns of a target tensor, in the orientation of the rules; ends are exclusive."""
 
     rows: tuple[int, int]

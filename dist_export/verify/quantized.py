@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme

@@ -9,12 +9,12 @@ modelopt/torch/export/quant_utils.py has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.checkpoint.quantizer_scheme import Scheme
 
@@ -34,8 +34,7 @@ class Grain(Enum):
     FP4 = "the whole weight, and every 16 columns"
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(Struct, frozen=True):
     """How the weights of a scheme are stored."""
 
     grain: Grain

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.errors import ExportError
@@ -126,8 +127,7 @@ def _as_stored(quantised: QuantisedOutput, weight: Quantised, cells: Cells, form
                 yield values
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
+class _Window(Struct, frozen=True):
     """Rows of a source weight from the first that differs on, and the codes that the output has of them."""
 
     quantised: QuantisedOutput

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.models.catalog import SourceTensor
@@ -57,8 +58,7 @@ TAKES_OVER = {
 """Linear -> (its module, the module behind): its rows may take over the factor of the activations behind it."""
 
 
-@dataclass(slots=True)
-class Quantised:
+class Quantised(Struct):
     """One weight of the output that is made of quantised modules."""
 
     output: OutputTensor

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.errors import ExportError
@@ -25,8 +25,7 @@ from dist_export.verify.quantizer_scales import not_used
 MOST_NAMED = 4  # tensors of quantisers that a line names
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleComparison:
+class ScaleComparison(Struct, frozen=True):
     """Compares the scales of an output. Called on every rank, each with tensors of its own."""
 
     quantised: QuantisedOutput

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer, QuantizerTensor, quantizer_tensor
@@ -33,8 +34,7 @@ WEIGHTS = ("weight", "weight_w", "weight_v")
 """What a module may call its weight: whole, or its gate and its up."""
 
 
-@dataclass(slots=True)
-class QuantizerScales:
+class QuantizerScales(Struct):
     """Reads and measures. Any thread may use it."""
 
     quantization: Quantization

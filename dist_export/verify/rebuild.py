@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct, field, to_builtins
+from msgspec.structs import replace
 
 from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
@@ -34,8 +36,7 @@ MOST_EXPLAINED = 40  # tensors whose mistake is looked for; trying every layer o
 ZERO_BAND_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Coverage:
+class Coverage(Struct, frozen=True):
     """What the inverse rules account for."""
 
     faults: list[Finding]
@@ -132,8 +133,7 @@ def _num_elements(origin: SourceOrigin) -> int:
     return Box.whole(origin.tensor.shape).num_elements
 
 
-@dataclass(slots=True)
-class RankComparison:
+class RankComparison(Struct):
     """What one rank found. Exchanged as JSON."""
 
     differences: list[Difference] = field(default_factory=list)
@@ -144,7 +144,7 @@ class RankComparison:
 
     def encode(self) -> bytes:
         """As bytes for another rank."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(to_builtins(self)).encode()
 
     @staticmethod
     def decode(data: bytes) -> RankComparison:
@@ -160,8 +160,7 @@ def _difference(values: dict[str, Any]) -> Difference:
     return Difference(**{**values, **pairs, "slab": slab})
 
 
-@dataclass(frozen=True, slots=True)
-class Rebuild:
+class Rebuild(Struct, frozen=True):
     """Compares the output with the checkpoint through the inverse rules."""
 
     inverse: InverseRules

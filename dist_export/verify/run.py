@@ -6,11 +6,11 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from dist_export.api import OpenedModel, Source, TargetOptions, open_model, plan
 from dist_export.checkpoint.open import TRACKER
@@ -37,8 +37,7 @@ from dist_export.verify.source_reader import SourceReader
 FROM_MANIFEST = "export manifest"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(Struct, frozen=True, kw_only=True):
     """How to verify."""
 
     levels: tuple[str, ...] = LEVELS
@@ -158,8 +157,7 @@ def verify_export(
     return verification.run()
 
 
-@dataclass(slots=True)
-class Verification:
+class Verification(Struct):
     """One rank's part of verifying a folder against a plan."""
 
     model: OpenedModel

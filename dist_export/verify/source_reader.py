@@ -6,9 +6,9 @@ Shares nothing with the executor but where the chunks lie.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from dist_export.convert.sources import SourceFiles, SourceRectangle
 from dist_export.models.catalog import SourceTensor
@@ -17,8 +17,7 @@ from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.verify.output import Block
 
 
-@dataclass(frozen=True, slots=True)
-class SourceReader:
+class SourceReader(Struct, frozen=True):
     """Reads rows of source tensors. Thread-safe as its source is."""
 
     sources: SourceFiles

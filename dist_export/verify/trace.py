@@ -5,9 +5,8 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
+from msgspec import Struct, field
 
 EMBEDDING = "embedding"
 ATTENTION_NORM = "attention norm"
@@ -28,8 +27,7 @@ LAYER_OUTPUT = "output"
 FINAL_NORM = "final norm"
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(Struct, frozen=True):
     """A place in a model: a name above, in a layer (numbered from 0 over the whole model) or outside them."""
 
     name: str
@@ -39,8 +37,7 @@ class Point:
         return self.name if self.layer is None else f"layer {self.layer}: {self.name}"
 
 
-@dataclass(slots=True)
-class Trace:
+class Trace(Struct):
     """One run: logits and the hidden states in the order they were computed."""
 
     states: dict[Point, torch.Tensor] = field(default_factory=dict)

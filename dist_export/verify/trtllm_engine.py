@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from dist_export.errors import Faults
 from dist_export.verify import trtllm_blocks as blocks
@@ -38,11 +39,10 @@ SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 PLAIN = ("relu", "silu", "squared-relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
+class EngineConfig(Struct, frozen=True):
     """config.json of a dense model without quantization, of one of the classes above."""
 
-    raw: Mapping[str, Any] = field(repr=False)
+    raw: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         faults = Faults("config.json: not interpreted")

@@ -7,8 +7,9 @@ rules.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 ROUTER = "mlp.router.weight"
 """Always float32."""
@@ -16,8 +17,7 @@ SHARED_EXPERT_IN_MLP = "mlp.shared_expert.fc.weight"
 """Where 0.16 and later have it; before, it was beside the MLP. No field says which."""
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
+class Experts(Struct, frozen=True):
     """The experts of every layer."""
 
     num_experts: int

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 from dist_export.verify.trtllm_engine import SAFETENSORS_DTYPES, EngineConfig, Shape
@@ -19,8 +20,7 @@ ROTARY_TABLES = {"rotary_inv_freq", "embed_positions", "embed_positions_for_gpt_
 """Some converters store these; the engine computes its own from config.json."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankFile:
+class RankFile(Struct, frozen=True):
     """One rank's safetensors file, opened; tensors are read when asked for."""
 
     path: Path

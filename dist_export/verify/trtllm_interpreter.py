@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec import Struct
 from torch.nn import functional
 
 from dist_export.verify import trace as at
@@ -58,8 +58,7 @@ def run_trtllm(folder: Path, tokens: torch.Tensor, *, dtype: torch.dtype = torch
         return _Run(config, ranks, dtype).run(tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class TrtllmModel:
+class TrtllmModel(Struct, frozen=True):
     """A TensorRT-LLM checkpoint to be run many times; quantised weights are decoded, activations are not rounded."""
 
     config: EngineConfig
@@ -80,8 +79,7 @@ class TrtllmModel:
         return logits
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
+class _Stage(Struct, frozen=True):
     """The tp ranks of one pipeline stage, and its layers."""
 
     files: Sequence[RankFile]
@@ -294,8 +292,7 @@ class _Layer:
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class Rotary:
+class Rotary(Struct, frozen=True):
     """Angles of the rotary embedding (functional.py, ``RopeEmbeddingUtils`` and ``apply_rotary_pos_emb``)."""
 
     cos: torch.Tensor  # [position, rotated size / 2]

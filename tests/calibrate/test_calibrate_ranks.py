@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from support.exports import REPOSITORY, fingerprints
 
 from dist_export.api import Source, open_model
@@ -157,7 +157,7 @@ def test_layout(
 def test_refused_layout(
     scheme: str, world_size: int, asked: dict[str, int], change: dict[str, int], message: str, config: Any
 ) -> None:
-    sizes, changed = {"tp": None, "pp": None} | asked, dataclasses.replace(config, **change)
+    sizes, changed = {"tp": None, "pp": None} | asked, structs.replace(config, **change)
     with pytest.raises(ExportError, match=message):
         choose_layout(changed, scheme, world_size, own=Layout(1, 1), **sizes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 torch = pytest.importorskip("torch")
 
@@ -236,4 +236,4 @@ def test_budget_bounds_the_buffers() -> None:
     assert default.tile_bytes == 1 << 20
     small = Budget.within(4 << 20, num_threads=4, value_ops=True)
     assert small.tile_bytes * 4 * 8 <= 4 << 20
-    assert dataclasses.replace(small, num_threads=1).num_threads == 1
+    assert structs.replace(small, num_threads=1).num_threads == 1

@@ -96,14 +96,14 @@ def test_options_that_fit() -> None:
 def test_every_option_is_a_flag() -> None:
     flags = option_flags()
     assert flags["strip_plan"] and not flags["max_batch_size"]
-    assert set(flags) == set(EngineOptions.__dataclass_fields__)
+    assert set(flags) == set(EngineOptions.__struct_fields__)
 
 
 def test_help_tells_of_every_option() -> None:
     process = run_command("engine", "--help")
     assert process.returncode == 0, process.stderr
     shown = re.findall(r"^  --([a-z0-9_]+)", process.stdout, re.MULTILINE)
-    assert [name for name in EngineOptions.__dataclass_fields__ if shown.count(name) != 1] == []
+    assert [name for name in EngineOptions.__struct_fields__ if shown.count(name) != 1] == []
     assert [line for line in process.stdout.splitlines() if len(line) > 100] == []
 
 

@@ -145,7 +145,7 @@ def test_options_that_a_release_lacks_are_named(tmp_path: Path) -> None:
 def test_every_option_is_a_flag_of_trtllm_build_with_its_default(recorded: str) -> None:
     record = stand_in.record_of(recorded)
     flags = {name: _default(default, record) for name, default in record["options"].items()}
-    ours = {name for name in EngineOptions.__dataclass_fields__ if recorded in SINCE.get(name, ALL)}
+    ours = {name for name in EngineOptions.__struct_fields__ if recorded in SINCE.get(name, ALL)}
     missing = ours - flags.keys() - set(record["plugin_options"])
     assert missing - {"kv_cache_type"} == {"refit", "strongly_typed"}  # always off and always on there
     assert ("kv_cache_type" in missing) == (recorded == "0.12")  # there as --paged_kv_cache

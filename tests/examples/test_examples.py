@@ -61,7 +61,7 @@ def test_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 MAPPING = """
-from dataclasses import replace
+from msgspec.structs import replace
 from dist_export.families.llama import LLAMA
 from examples.tiny import TINY, TinyModel
 

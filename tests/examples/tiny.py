@@ -1,8 +1,10 @@
 """The Tiny runtime: one safetensors file, names as its loader has them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
@@ -18,16 +20,14 @@ from dist_export.tensors.dtypes import dtype_by_name
 NAME = "tiny"
 
 
-@dataclass(frozen=True, slots=True)
-class TinyModel:
+class TinyModel(Struct, frozen=True):
     """What the runtime calls a kind of model, and its tensors."""
 
     name: str
     rules: tuple[TargetRule, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyOptions:
+class TinyOptions(Struct, frozen=True, kw_only=True):
     """What the user chooses; kept in the manifest, from which `verify` makes it again."""
 
     dtype: str = "bfloat16"
@@ -38,8 +38,7 @@ class TinyOptions:
         return cls(**values)
 
 
-@dataclass(frozen=True, slots=True)
-class OneFile:
+class OneFile(Struct, frozen=True):
     """How tensors are divided among files: here, they are not."""
 
     planner: ShardPlanner

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from dist_export.errors import ExportError
 from dist_export.models.config import ModelConfig, RopeScaling
@@ -37,8 +37,8 @@ MOE = DENSE | {"num_experts": 8, "moe_top_k": 2, "moe_ffn_hidden_size": 32}
 def test_valid_configurations_are_values() -> None:
     config = ModelConfig(**DENSE, rope_scaling=RopeScaling("llama3", 8.0))
     assert pickle.loads(pickle.dumps(config)) == config
-    assert hash(config) == hash(dataclasses.replace(config))
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    assert hash(config) == hash(structs.replace(config))
+    with pytest.raises(AttributeError):
         config.num_layers = 5  # type: ignore[misc]
     assert ModelConfig(**MOE, moe_layer_freq=(0, 1, 1, 1)).moe_layer_freq == (0, 1, 1, 1)
 

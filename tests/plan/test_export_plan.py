@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
+from msgspec import structs
 
 pytest.importorskip("torch")
 
@@ -40,14 +40,14 @@ def changed(plan: ExportPlan, name: str, change: Callable[[PlannedTensor], list[
 def with_pieces(change: Callable[[Piece], list[Piece]]) -> Callable[[PlannedTensor], list[PlannedTensor]]:
     def replace(tensor: PlannedTensor) -> list[PlannedTensor]:
         pieces = tuple(new for piece in tensor.view.pieces for new in change(piece))
-        return [dataclasses.replace(tensor, view=View(tensor.view.shape, pieces))]
+        return [structs.replace(tensor, view=View(tensor.view.shape, pieces))]
 
     return replace
 
 
 def _gap(piece: Piece) -> list[Piece]:
     rows, width = piece.box.size
-    return [dataclasses.replace(piece, box=Box((0, 0), (rows - 1, width)))]
+    return [structs.replace(piece, box=Box((0, 0), (rows - 1, width)))]
 
 
 def _overlap(piece: Piece) -> list[Piece]:
@@ -55,11 +55,11 @@ def _overlap(piece: Piece) -> list[Piece]:
 
 
 def _outside(piece: Piece) -> list[Piece]:
-    return [dataclasses.replace(piece, box=piece.box.shifted((1, 0)))]
+    return [structs.replace(piece, box=piece.box.shifted((1, 0)))]
 
 
 def _shifted_source(piece: Piece) -> list[Piece]:
-    return [dataclasses.replace(piece, source_start=(1, 0))]
+    return [structs.replace(piece, source_start=(1, 0))]
 
 
 def _zeros(piece: Piece) -> list[Piece]:
@@ -86,7 +86,7 @@ def test_planted_faults_are_found(fault: str) -> None:
 
 def test_a_tensor_written_twice_is_found_when_planning() -> None:
     plan = plan_of(small_model(LLAMA))
-    twice = dataclasses.replace(plan.planner, rules=plan.planner.rules + plan.planner.rules[:1])
+    twice = structs.replace(plan.planner, rules=plan.planner.rules + plan.planner.rules[:1])
     faults = Faults("plan")
     twice.plan(0, file_name="rank0.safetensors", faults=faults)
     assert faults.messages == ["rank 0: transformer.vocab_embedding.weight is written 2 times"]
@@ -97,7 +97,7 @@ def test_two_equal_boxes_swapped_are_invisible_here() -> None:
     plan = plan_of(small_model(LLAMA), tp_size=2)
     views = {t.name: t.view for t in plan.shard(0).tensors}
     for name, other in ((FC, GATE), (GATE, FC)):
-        plan = changed(plan, name, lambda t, other=other: [dataclasses.replace(t, view=views[other])])
+        plan = changed(plan, name, lambda t, other=other: [structs.replace(t, view=views[other])])
     validate(plan)
 
 

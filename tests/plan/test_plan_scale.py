@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 pytest.importorskip("torch")
 
@@ -92,9 +92,9 @@ def test_a_large_mixture_is_covered_and_a_gap_in_it_is_found() -> None:
     plan = large_plan(model, tp=4, pp=2, moe_ep=4)
     assert validate(plan) == {}
     missing = [rule for rule in plan.planner.rules if "mlp.proj" not in rule.target]
-    planner = dataclasses.replace(plan.planner, rules=tuple(missing))
-    broken = dataclasses.replace(
-        plan, planner=planner, files=dataclasses.replace(plan.files, planner=planner), _shards={}, _summaries={}
+    planner = structs.replace(plan.planner, rules=tuple(missing))
+    broken = structs.replace(
+        plan, planner=planner, files=structs.replace(plan.files, planner=planner), _shards={}, _summaries={}
     )
     gap = r"linear_fc2.weight\[0\]\[0\]: 22020096 of its 22020096 elements go nowhere(?s:.*)and 236 more"
     with pytest.raises(ExportError, match=f"the plan is not a partition: 256 faults(?s:.*){gap}"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from support.exports import config_of, raw_bytes, tensors_of
 from support.quantizable import E4M3, Quantizable, export_quantized, llama, same
 from support.quantizer_states import modelopt_state, properties

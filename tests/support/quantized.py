@@ -6,11 +6,11 @@ import io
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import asdict
 
 from dist_export import api
 from dist_export.api import Source

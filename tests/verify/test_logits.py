@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
@@ -188,7 +188,7 @@ def test_nan_never_agrees() -> None:
     assert not report.agrees
     assert report.difference.max_difference == float("inf")
     assert "differ from layer 0, output (inf)" in str(report)
-    assert not dataclasses.replace(report, states=()).agrees
+    assert not structs.replace(report, states=()).agrees
 
 
 def test_another_vocabulary_is_refused() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from support.small_models import LLAMA, NEMOTRON, SmallModel, small_model
 from verify.faulty import Tensors, adopt_the_plan, change, export_to, messages, save, verify
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.models.config import ModelConfig
 from dist_export.models.rules import TargetRule
@@ -12,8 +13,7 @@ Limit = tuple[Callable[[ModelConfig], bool], str]
 """What a model must be for the class to express it, and what to say of the class where it is not."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HuggingFaceModel:
+class HuggingFaceModel(Struct, frozen=True, kw_only=True):
     """A model class as transformers/models/<model_type>/{modeling,configuration}_<model_type>.py have it."""
 
     name: str

@@ -11,7 +11,9 @@ into the rows of up. A linear whose factor has no such place keeps its precision
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
@@ -70,8 +72,7 @@ DIALECT = Dialect(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CompressedTensorsQuantizer:
+class CompressedTensorsQuantizer(Struct, frozen=True):
     """Quantises the weights of a Hugging Face folder in this layout."""
 
     quantization: Quantization

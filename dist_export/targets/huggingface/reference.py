@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 
@@ -26,8 +27,7 @@ _OURS = {"torch_dtype", "dtype", "use_cache", "transformers_version", "_name_or_
 """Fields of a reference that say nothing about the model, or that an export decides anew."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(Struct, frozen=True):
     """A Hugging Face folder that describes the model being exported."""
 
     folder: Path

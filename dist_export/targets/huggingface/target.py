@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field, to_builtins
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
@@ -26,8 +27,7 @@ from dist_export.tensors.dtypes import dtype_by_name
 NAME = "hf"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HuggingFaceOptions:
+class HuggingFaceOptions(Struct, frozen=True, kw_only=True):
     """What the user chooses of a Hugging Face export."""
 
     dtype: str = "bfloat16"
@@ -46,8 +46,7 @@ class HuggingFaceOptions:
         return cls(**values)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
-class SizedFiles:
+class SizedFiles(Struct, frozen=True):
     """All tensors, in as few files as their size allows. Planned as a whole on first use."""
 
     planner: ShardPlanner
@@ -127,7 +126,7 @@ def plan_export(
         config=config,
         more_documents=documents,
         copies=copies,
-        options=asdict(options),
+        options=to_builtins(options),
         facts={"layout": "Hugging Face folder"},
         serve=quantized.served_by(quantization, form),
         notes=notes,

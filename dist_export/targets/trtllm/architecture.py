@@ -7,7 +7,8 @@ target does with a model it reads off that value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.config import ModelConfig
@@ -22,8 +23,7 @@ Limit = tuple[Callable[[ModelConfig], bool], str]
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseLimit:
+class ReleaseLimit(Struct, frozen=True):
     """Something that the class cannot do in some releases only."""
 
     releases: Span
@@ -36,8 +36,7 @@ def no_notes(model: ModelConfig) -> list[str]:
     return []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineModel:
+class EngineModel(Struct, frozen=True, kw_only=True):
     """A model class as its releases' tensorrt_llm/models/<class>/{model,config}.py have it."""
 
     name: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from dist_export.errors import Faults
 from dist_export.models.config import ModelConfig
@@ -14,8 +16,7 @@ from dist_export.targets.trtllm.tables import EmbeddingSharding
 GPUS_PER_NODE = 8  # Mapping's own default; only used for topology hints
 
 
-@dataclass(frozen=True, slots=True)
-class ServingOptions:
+class ServingOptions(Struct, frozen=True):
     """What the user chose beyond the model itself."""
 
     dtype: str

@@ -9,7 +9,8 @@ within a pipeline stage.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
@@ -49,8 +50,7 @@ CLAMP = [-1200.0, 1200.0]
 """0.14's norms for FP8 rows read bounds unconditionally; these are those of Meta's recipe."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizationConfig:
+class QuantizationConfig(Struct, frozen=True):
     """The quantisation of an export as the engine's configuration has it."""
 
     table: dict[str, object]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
 
@@ -21,8 +22,7 @@ RELEASES = ("0.12", "0.13", "0.14", "0.15", "0.16", "0.17", "0.18", "0.19", "0.2
 """Stable releases with the engine builder, oldest first; 1.3 loads Hugging Face folders instead."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """The releases, both ends included, that accept a key."""
 
     first: str = RELEASES[0]
@@ -73,8 +73,7 @@ COMMON_KEYS = (
 """Top-level keys of every model class."""
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
+class Keys(Struct, frozen=True):
     """The keys of a model class at the top level of config.json."""
 
     required: tuple[str, ...]

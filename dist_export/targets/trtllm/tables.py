@@ -7,7 +7,7 @@ Layer numbers restart at 0 in every pipeline stage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from dist_export.models.megatron import any_bias, layer_norm, learned_positions
 from dist_export.models.rules import Condition, Input, Scope, TargetRule, always
@@ -17,8 +17,7 @@ LAYER = "transformer.layers.{layer}."
 LOGICAL = "layers.{layer}."
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingSharding:
+class EmbeddingSharding(Struct, frozen=True):
     """How embedding tables are divided: TensorRT-LLM's use_parallel_embedding and embedding_sharding_dim."""
 
     parallel: bool = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+
+from msgspec import Struct, field, to_builtins
 
 from dist_export.errors import ExportError, Faults
 from dist_export.models.catalog import SourceCatalog
@@ -29,8 +30,7 @@ from dist_export.tensors.dtypes import dtype_by_name
 NAME = "trtllm"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrtllmOptions:
+class TrtllmOptions(Struct, frozen=True, kw_only=True):
     """What the user chooses of a TensorRT-LLM export."""
 
     tp_size: int = 1
@@ -50,8 +50,7 @@ class TrtllmOptions:
         return cls(**{**values, "embedding": EmbeddingSharding(**embedding)})  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
-class RankFiles:
+class RankFiles(Struct, frozen=True):
     """One file per target rank."""
 
     planner: ShardPlanner
@@ -109,7 +108,7 @@ def plan_export(
         files=RankFiles(planner),
         config=config,
         more_documents=documents,
-        options=asdict(options),
+        options=to_builtins(options),
         facts={
             "layout": f"{layout}, layers per stage {', '.join(map(str, layout.layers_per_stage))}",
             "valid in": f"TensorRT-LLM {described(releases)}",
