@@ -199,9 +199,13 @@ def overrides_of(options: argparse.Namespace) -> dict[str, tuple[object, str]]:
 def source_of(options: argparse.Namespace) -> Source:
     """The source a command line names."""
     from dist_export.api import Source
-    from dist_export.families.mapping import mapping_from
     from dist_export.quantization import QuantizationOptions
 
+    mapping = None
+    if options.mapping:
+        from dist_export.families.mapping import mapping_from
+
+        mapping = mapping_from(options.mapping, code_allowed=options.allow_mapping_code)
     return Source(
         checkpoint=options.checkpoint,
         iteration=options.iteration,
@@ -218,7 +222,7 @@ def source_of(options: argparse.Namespace) -> Source:
             te_version=options.te_version,
         ),
         calibration=options.calibration,
-        mapping=mapping_from(options.mapping, code_allowed=options.allow_mapping_code) if options.mapping else None,
+        mapping=mapping,
     )
 
 

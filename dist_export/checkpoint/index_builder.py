@@ -191,7 +191,7 @@ def _is_large_grid(starts: Sequence[Shape], sizes: Sequence[Shape], shape: Shape
         return False
     cells, number = 1, np.zeros(len(start), np.int64)
     for dim, limit in enumerate(shape):
-        cuts, position = np.unique(start[:, dim], return_inverse=True)
+        cuts, position = np.unique(start[:, dim], return_inverse=True)  # alone, it would import numpy.ma
         following = np.append(cuts[1:], limit)
         if cuts[0] != 0 or not np.array_equal(following[position] - start[:, dim], size[:, dim]):
             return False
@@ -201,4 +201,6 @@ def _is_large_grid(starts: Sequence[Shape], sizes: Sequence[Shape], shape: Shape
         if cells > len(start):
             return False
         number = number * len(cuts) + position
-    return cells == len(start) and len(np.unique(number)) == cells
+    seen = np.zeros(cells, bool)
+    seen[number] = True
+    return cells == len(start) and bool(seen.all())

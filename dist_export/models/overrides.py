@@ -5,7 +5,6 @@ Values are typed from `ModelConfig` itself, so a new field is overridable the mo
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import typing
@@ -80,6 +79,8 @@ def check_field(field: str) -> None:
     """Raise `ExportError` with the nearest names unless `ModelConfig` has a field called `field`."""
     if field in FIELDS:
         return
+    import difflib
+
     near = difflib.get_close_matches(field, FIELDS, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ExportError(f"there is no model configuration field {field!r}{hint} (known fields: {', '.join(FIELDS)})")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from msgspec.structs import fields
@@ -289,15 +290,18 @@ def _settle_position(
         chosen["rope_scaling"] = Claim(None, f"position_embedding is {position.value} ({position.source})")
 
 
+_fields = cache(fields)
+
+
 def _default(field: str) -> object:
-    return next(item.default for item in fields(ModelConfig) if item.name == field)
+    return next(item.default for item in _fields(ModelConfig) if item.name == field)
 
 
 def _add_missing(
     chosen: dict[str, Claim], reader: Arguments | None, shapes: Shapes, faults: Faults, notes: list[str]
 ) -> None:
     """Give fields that are still open Megatron's default where that is safe; the others are one fault."""
-    required = {item.name for item in fields(ModelConfig) if item.required}
+    required = {item.name for item in _fields(ModelConfig) if item.required}
     if reader is None:
         required |= _needed_without_arguments(chosen, shapes)
     missing = [field for field in FIELDS if field in required and field not in chosen]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
+from collections.abc import Mapping
 
 from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
@@ -21,6 +23,8 @@ from dist_export.runtime.world import SINGLE, World
 _LEAVE_WITHIN_S, _KILL_AFTER_S = 5.0, 4.0
 #: Seconds between two looks at the children.
 _LOOK_S = 0.005
+#: Children whose end is waited for rather than looked for: descriptors are needed for their connections too.
+_MOST_WATCHED = 128
 
 
 def run_local(
@@ -60,6 +64,7 @@ class _Launcher:
         self._server = LocalStoreServer()
         self._pid = os.getpid()
         self._running: dict[int, int] = {}  # rank -> process id
+        self._endings: dict[int, int] = {}  # rank -> descriptor that becomes readable when the process ends
         self._codes: dict[int, int] = {}  # rank -> exit code
         self._failed_at: float | None = None
         self._signals_sent = 0
@@ -74,7 +79,7 @@ class _Launcher:
             if signals:
                 self._post(Failure.of(-1, TerminatedError(signals[0])))
             self._press(at_once=bool(signals))
-            time.sleep(pause if self._running else 0)
+            self._look_away(pause)
 
     def close(self) -> None:
         """Leave no process and no file behind, whatever happened."""
@@ -104,6 +109,7 @@ class _Launcher:
             if pid == 0:
                 self._child(rank)
             self._running[rank] = pid
+        self._endings = _endings(self._running)
 
     def _child(self, rank: int) -> None:
         """The forked process; never returns."""
@@ -123,12 +129,24 @@ class _Launcher:
                 sys.stderr.flush()
             os._exit(code)
 
+    def _look_away(self, pause: float) -> None:
+        """Let `pause` seconds pass, or less where a child ends before."""
+        if not self._endings:
+            time.sleep(pause if self._running else 0)
+            return
+        watched = select.poll()
+        for descriptor in self._endings.values():
+            watched.register(descriptor, select.POLLIN)
+        watched.poll(1000 * pause)
+
     def _reap(self) -> None:
         for rank, pid in list(self._running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended == 0:
                 continue
             del self._running[rank]
+            if rank in self._endings:
+                os.close(self._endings.pop(rank))
             code = self._codes[rank] = os.waitstatus_to_exitcode(status)
             if code < 0:
                 self._post(Failure(rank, "lost", _killed_by(-code), -1))
@@ -165,6 +183,19 @@ class _Launcher:
     def _failure(self) -> Failure | None:
         stored = self._server.memory.get(ABORT_KEY)
         return None if stored is None else Failure.decode(stored)
+
+
+def _endings(running: Mapping[int, int]) -> dict[int, int]:
+    """A descriptor per rank that becomes readable when its process ends; none where the kernel has none (Linux 5.3)."""
+    opened: dict[int, int] = {}
+    try:
+        for rank, pid in running.items() if len(running) <= _MOST_WATCHED else ():
+            opened[rank] = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        for descriptor in opened.values():
+            os.close(descriptor)
+        return {}
+    return opened
 
 
 def _killed_by(number: int) -> str:

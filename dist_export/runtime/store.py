@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
-import socketserver
 import struct
 import tempfile
 import threading
+import time
 from typing import Protocol
 
 from dist_export.errors import ExportError
@@ -26,6 +27,10 @@ MAX_VALUE = 4 << 20
 _MAX_MESSAGE = MAX_VALUE + (64 << 10)
 #: Seconds without an answer after which the store counts as lost.
 _ANSWER_WITHIN_S = 30.0
+#: Clients that may have asked for a connection before the launcher answers.
+_WAITING_CONNECTIONS = 1024
+#: Seconds until another try where there are too many open files.
+_RETRY_S = 0.05
 #: Shorter than the 108 bytes of sockaddr_un.sun_path.
 _MAX_SOCKET_PATH = 100
 
@@ -121,75 +126,88 @@ class LocalStoreServer:
         self._folder = _private_folder()
         self.path = os.path.join(self._folder, "store")
         try:
-            self._server = _Server(self.path, _Connection)
+            self._socket = _listening(self.path)
         except OSError as error:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self.remove_folder()
             raise ExportError(f"cannot open a socket at {self.path}: {error}; set TMPDIR to a local folder") from error
-        self._server.memory = self.memory
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to answer, in a daemon thread. The process that made the server calls it, after forking."""
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, name="store", daemon=True
-        )
+        self._thread = threading.Thread(target=self._accept, name="store", daemon=True)
         self._thread.start()
 
     def connect_in_child(self) -> LocalStore:
         """The client of a forked child, which gives up its copy of the listening socket."""
-        self._server.socket.close()
+        self._socket.close()
         return LocalStore(self.path)
 
     def close(self) -> None:
         """Stop answering and remove the socket and its directory. The process that made the server calls it."""
         if self._thread is not None:
-            self._server.shutdown()
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
             self._thread.join()
-        self._server.server_close()
+            self._thread = None
+        self._socket.close()
         self.remove_folder()
+
+    def _accept(self) -> None:
+        """Serve every client in a thread of its own, until the socket is shut down."""
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except ConnectionError:
+                continue  # the client has gone already
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(_RETRY_S)  # no descriptor is free; the client waits
+                    continue
+                return
+            threading.Thread(target=_serve, args=(connection, self.memory), name="store client", daemon=True).start()
 
     def remove_folder(self) -> None:
         """Remove the socket and its directory; nobody can connect any more."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 1024
-    memory: MemoryStore
+def _listening(path: str) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(path)
+        listening.listen(_WAITING_CONNECTIONS)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
 
 
-class _Connection(socketserver.BaseRequestHandler):
-    server: _Server
+def _serve(connection: socket.socket, memory: MemoryStore) -> None:
+    """Answer one client until it goes away or sends what no client of ours sends."""
+    with connection, contextlib.suppress(OSError, ValueError, EOFError, struct.error):
+        while True:
+            _send(connection, _answer(_receive(connection), memory))
 
-    def handle(self) -> None:
-        """Answer one client until it goes away or sends what no client of ours sends."""
-        with contextlib.suppress(OSError, ValueError, EOFError, struct.error):
-            while True:
-                _send(self.request, self._answer(_receive(self.request)))
 
-    def _answer(self, message: bytes) -> bytes:
-        operation, key_length = _REQUEST.unpack_from(message)
-        value_at = _REQUEST.size + key_length
-        key, value = message[_REQUEST.size : value_at].decode("utf-8"), message[value_at:]
-        if len(value) > MAX_VALUE:
-            raise ValueError(f"a value of {len(value)} bytes exceeds {MAX_VALUE}")
-        memory = self.server.memory
-        if operation == _GET:
-            found = memory.get(key)
-            return _ABSENT if found is None else _PRESENT + found
-        if operation == _SET_ONCE:
-            return _PRESENT + memory.set_once(key, value)
-        if operation == _ADD:
-            return _PRESENT + _COUNT.pack(memory.add(key, *_COUNT.unpack(value)))
-        if operation == _SET:
-            memory.set(key, value)
-        elif operation == _DELETE:
-            memory.delete(key)
-        else:
-            raise ValueError(f"unknown operation {operation}")
-        return _PRESENT
+def _answer(message: bytes, memory: MemoryStore) -> bytes:
+    operation, key_length = _REQUEST.unpack_from(message)
+    value_at = _REQUEST.size + key_length
+    key, value = message[_REQUEST.size : value_at].decode("utf-8"), message[value_at:]
+    if len(value) > MAX_VALUE:
+        raise ValueError(f"a value of {len(value)} bytes exceeds {MAX_VALUE}")
+    if operation == _GET:
+        found = memory.get(key)
+        return _ABSENT if found is None else _PRESENT + found
+    if operation == _SET_ONCE:
+        return _PRESENT + memory.set_once(key, value)
+    if operation == _ADD:
+        return _PRESENT + _COUNT.pack(memory.add(key, *_COUNT.unpack(value)))
+    if operation == _SET:
+        memory.set(key, value)
+    elif operation == _DELETE:
+        memory.delete(key)
+    else:
+        raise ValueError(f"unknown operation {operation}")
+    return _PRESENT
 
 
 class LocalStore:
