@@ -71,7 +71,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, *, launched: bool = Fa
                      help="buffers per process, default 1g or what a container's limit allows")  # fmt: skip
     run.add_argument("--local-staging", type=Path, metavar="DIR",
                      help="write to this folder of each node's own disk first, then gather")  # fmt: skip
-    run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
+    run.add_argument("--num-threads", type=positive, metavar="N", help="per process, default 2; 1 if cores are few")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
     run.add_argument("--device-memory", type=parse_size, default=2 << 30, metavar="SIZE",
                      help="of a GPU, per process, default 2g")  # fmt: skip

@@ -20,7 +20,7 @@ from dist_export.runtime.failure import Failure
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
 from dist_export.runtime.run import run_here
-from dist_export.runtime.usage import default_host_memory
+from dist_export.runtime.usage import default_host_memory, default_num_threads
 from dist_export.runtime.world import detect_world
 from dist_export.session import ExportSession, RunOptions
 from dist_export.shared_index import open_shared
@@ -39,7 +39,7 @@ def run_options(options: argparse.Namespace, *, num_processes: int = 1) -> RunOp
         resume=options.resume,
         host_memory=options.host_memory or default_host_memory(num_processes),
         device_memory=options.device_memory,
-        num_threads=options.num_threads,
+        num_threads=options.num_threads or default_num_threads(num_processes),
         local_staging=options.local_staging.absolute() if options.local_staging else None,
         sha256=options.sha256,
         device=options.device,

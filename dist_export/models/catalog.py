@@ -60,13 +60,14 @@ class _Entry(Struct):
 
     def find(self, layer: int, expert: int) -> tuple[_Stored, Shape] | None:
         """The stored tensor and the leading indices that hold a position; at most three look-ups."""
-        wanted = tuple(value for value, hole in ((layer, "layer"), (expert, "expert")) if hole in self.holes)
-        numbers = (layer if "layer" in self.holes else -1, expert if "expert" in self.holes else -1)
-        for position in dict.fromkeys((numbers, (numbers[0], -1), (-1, -1))):
+        by_layer, by_expert = "layer" in self.holes, "expert" in self.holes
+        wanted = (*((layer,) if by_layer else ()), *((expert,) if by_expert else ()))
+        numbers = (layer if by_layer else -1, expert if by_expert else -1)
+        for position in (numbers, (numbers[0], -1), (-1, -1)):
             stored = self.stored.get(position)
             if stored is not None:
                 prefix = wanted[len(wanted) - stored.num_stacked :]
-                if stored.holds(prefix):
+                if not prefix or stored.holds(prefix):
                     return stored, prefix
         return None
 

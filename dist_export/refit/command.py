@@ -29,7 +29,7 @@ from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
 from dist_export.runtime.progress import format_bytes
 from dist_export.runtime.run import run_here
-from dist_export.runtime.usage import default_host_memory
+from dist_export.runtime.usage import default_host_memory, default_num_threads
 from dist_export.runtime.world import detect_world
 from dist_export.session import RunOptions
 from dist_export.shared_index import open_shared
@@ -159,7 +159,7 @@ class _Checkpoint(Struct, frozen=True):
             overwrite=options.delta_dir is None,
             # A third is for what the new bytes are compared with.
             host_memory=(options.host_memory or default_host_memory(num_processes)) * 2 // 3,
-            num_threads=options.num_threads,
+            num_threads=options.num_threads or default_num_threads(num_processes),
             sha256=base.has_sha256,
             device=options.device,
         )

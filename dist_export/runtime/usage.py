@@ -45,6 +45,14 @@ _MOST_BUFFERS, _LEAST_BUFFERS = 1 << 30, 64 << 20
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
+def default_num_threads(num_processes: int) -> int:
+    """Threads for each of `num_processes` of this node: 2, of which one reads while the other writes.
+
+    1 where the processes alone fill the cores: two threads would mostly wait for each other's turn in the interpreter.
+    """
+    return 2 if 2 * num_processes <= (os.cpu_count() or 1) or num_processes == 1 else 1
+
+
 def default_host_memory(num_processes: int, *, limit: int | None = None) -> int:
     """Bytes for the buffers of each of `num_processes` of this node: 1 GiB, or half of its share of `limit`.
 

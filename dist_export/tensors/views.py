@@ -8,7 +8,6 @@ into views, so a chain of them dissolves into a flat list of copies before a byt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import add
 
 from msgspec import Struct
 
@@ -73,9 +72,8 @@ class View(Struct, frozen=True):
             raise ExportError(f"cannot take {start}:{start + length} of dim {dim} of shape {list(self.shape)}")
         if length == self.shape[dim]:
             return self
-        size = _with(self.shape, dim, length)
-        window = Box(_with((0,) * len(self.shape), dim, start), size)
-        return View(size, tuple(p for piece in self.pieces for p in _clip(piece, window)))
+        kept = (_clipped(piece, dim, start, start + length) for piece in self.pieces)
+        return View(_with(self.shape, dim, length), tuple(piece for piece in kept if piece is not None))
 
     def gather(self, dim: int, ranges: Sequence[tuple[int, int]]) -> View:
         """The (start, length) ranges of `dim`, one after the other: a permutation, selection or replication."""
@@ -95,14 +93,14 @@ class View(Struct, frozen=True):
 
 def concatenate(views: Sequence[View], dim: int) -> View:
     """Views one after the other along `dim`; the other dims must agree."""
-    first, total, pieces = views[0], 0, []
+    first, total, pieces = views[0], 0, list[Piece]()
     if len(views) == 1 and len(first.pieces) == 1:
         return first
+    others = _with(first.shape, dim, 0)
     for view in views:
-        if _with(view.shape, dim, 0) != _with(first.shape, dim, 0):
+        if view.shape != first.shape and _with(view.shape, dim, 0) != others:
             raise ExportError(f"cannot join shapes {list(first.shape)} and {list(view.shape)} along dim {dim}")
-        shift = _with((0,) * len(view.shape), dim, total)
-        pieces += [Piece(piece.box.shifted(shift), piece.slab, piece.source_start) for piece in view.pieces]
+        pieces += [_moved(piece, dim, total) for piece in view.pieces] if total else view.pieces
         total += view.shape[dim]
     return View(_with(first.shape, dim, total), tuple(_merged(pieces, dim)))
 
@@ -116,17 +114,24 @@ def _with(shape: Shape, dim: int, value: int) -> Shape:
     return (*shape[:dim], value, *shape[dim + 1 :])
 
 
-def _clip(piece: Piece, window: Box) -> list[Piece]:
-    common = piece.box.intersection(window)
-    if common is None:
-        return []
+def _clipped(piece: Piece, dim: int, first: int, end: int) -> Piece | None:
+    """What of a piece lies in ``first : end`` of `dim`, seen from `first`."""
+    box, source = piece.box, piece.source_start
+    left, length = box.start[dim], box.size[dim]
+    low, high = max(left, first), min(left + length, end)
+    if high <= low:
+        return None
+    inside = Box(_with(box.start, dim, low - first), _with(box.size, dim, high - low))
     if piece.slab is None:
-        return [Piece(common.relative_to(window.start), None)]
-    inner = common.relative_to(piece.box.start)
+        return Piece(inside, None)
     # A stacked view has one dim more than its slab: the extra leading dim has size 1 in every piece.
-    extra = len(inner.start) - len(piece.source_start)
-    start = tuple(map(add, piece.source_start, inner.start[extra:]))
-    return [Piece(common.relative_to(window.start), piece.slab, start)]
+    own = dim - (len(box.start) - len(source))
+    return Piece(inside, piece.slab, _with(source, own, source[own] + low - left) if own >= 0 else source)
+
+
+def _moved(piece: Piece, dim: int, by: int) -> Piece:
+    start = piece.box.start
+    return Piece(Box(_with(start, dim, start[dim] + by), piece.box.size), piece.slab, piece.source_start)
 
 
 def _unsqueezed(piece: Piece) -> Piece:
@@ -146,14 +151,16 @@ def _merged(pieces: list[Piece], dim: int) -> list[Piece]:
 
 
 def _joined(left: Piece, right: Piece, dim: int) -> Piece | None:
-    if left.slab != right.slab or _with(left.box.size, dim, 0) != _with(right.box.size, dim, 0):
+    if left.slab != right.slab:
         return None
-    step = _with((0,) * len(left.box.size), dim, left.box.size[dim])
-    if left.box.shifted(step).start != right.box.start:
+    start, size, source = left.box.start, left.box.size, left.source_start
+    length = size[dim]
+    if _with(start, dim, start[dim] + length) != right.box.start:
+        return None
+    if _with(size, dim, 0) != _with(right.box.size, dim, 0):
         return None
     if left.slab is not None:
-        extra = len(step) - len(left.source_start)
-        if dim < extra or Box(left.source_start, left.source_start).shifted(step[extra:]).start != right.source_start:
+        own = dim - (len(start) - len(source))
+        if own < 0 or _with(source, own, source[own] + length) != right.source_start:
             return None
-    size = _with(left.box.size, dim, left.box.size[dim] + right.box.size[dim])
-    return Piece(Box(left.box.start, size), left.slab, left.source_start)
+    return Piece(Box(start, _with(size, dim, length + right.box.size[dim])), left.slab, source)

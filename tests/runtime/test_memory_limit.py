@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_export.runtime.usage import default_host_memory, memory_limit
+import pytest
+
+from dist_export.runtime.usage import default_host_memory, default_num_threads, memory_limit
 
 GIB = 1 << 30
 
@@ -45,3 +47,10 @@ def test_half_of_the_limit_is_for_buffers() -> None:
     assert default_host_memory(4, limit=64 * GIB) == GIB
     assert default_host_memory(4, limit=4 * GIB) == GIB // 2
     assert default_host_memory(64, limit=GIB) == 64 << 20
+
+
+def test_threads_leave_room_for_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [default_num_threads(n) for n in (1, 4, 5, 8, 64)] == [2, 2, 1, 1, 1]
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert [default_num_threads(n) for n in (1, 2)] == [2, 1]
