@@ -50,6 +50,11 @@ class LogicalModel:
             if rule.when(config):
                 for part, logical in enumerate(rule.logical):
                     self._rules[logical].append((rule, part))
+        stored = set(catalog.patterns())
+        self._present = {
+            logical: [(rule, part) for rule, part in each if rule.source in stored]
+            for logical, each in self._rules.items()
+        }
         self._parts: dict[tuple[str, int, int], tuple[View, ...]] = {}
 
     def find(self, name: str, *, layer: int = -1, expert: int = -1) -> LogicalTensor | None:
@@ -71,7 +76,7 @@ class LogicalModel:
         """
         found = [
             Located(rule, part, source)
-            for rule, part in self._rules.get(name, ())
+            for rule, part in self._present.get(name, ())
             if (source := self.catalog.find(rule.source, layer=layer, expert=expert)) is not None
         ]
         if len(found) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from msgspec import Struct, field
@@ -27,7 +28,7 @@ class _Open(Struct):
             return False
         self.boxes.add(box)
         self.num_elements += box.num_elements
-        if self.num_elements != Box.whole(self.shape).num_elements:
+        if self.num_elements != math.prod(self.shape):
             return False
         return first_overlap(list(self.boxes)) is None
 
@@ -64,7 +65,7 @@ class Coverage:
             if slab not in self._covered:
                 used = self._open.get(slab)
                 shape = slab_shape(slab, self._shape_of)
-                missing = used.missing() if used else Box.whole(shape).num_elements
+                missing = used.missing() if used else math.prod(shape)
                 if missing:
                     yield slab, shape, missing, used is not None
 

@@ -5,6 +5,7 @@ Prints `rank R did X` lines, so that tests see what happened where.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -241,10 +242,16 @@ def main() -> int:
     mode, *arguments = sys.argv[1:]
     scenario = SCENARIOS[arguments[-1]]
     timing = Timing() if os.environ.get("REAL_TIMING") else FAST
+    if os.environ.get("NO_PIDFD"):
+        os.pidfd_open = _refused
     if mode == "local":
         sys.stdout.write("before the fork\n")
         return run_local(int(arguments[0]), scenario, timing=timing)
     return run_here(detect_world(os.environ), scenario, timing=timing)
+
+
+def _refused(pid: int, flags: int = 0) -> int:
+    raise OSError(errno.ENOSYS, f"no descriptor of process {pid}")
 
 
 if __name__ == "__main__":

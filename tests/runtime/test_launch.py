@@ -29,6 +29,14 @@ def test_values_of_every_size_are_exchanged(num_processes: int) -> None:
     assert ended.out.count("exchanged") == num_processes
 
 
+def test_a_kernel_that_tells_of_no_ended_process() -> None:
+    """Before Linux 5.3, and in some sandboxes: the launcher looks for them."""
+    ended = run_forked(3, "exchange", NO_PIDFD="1")
+    assert (ended.code, ended.err, ended.out.count("exchanged")) == (0, "", 3)
+    killed = run_forked(3, "rank_1_killed", NO_PIDFD="1")
+    assert killed.code == 3 and "rank 1 was killed by signal 9" in killed.err
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 def test_maxima_do_not_depend_on_the_number_of_processes(num_processes: int) -> None:
     ended = run_forked(num_processes, "maxima")

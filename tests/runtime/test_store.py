@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import stat
@@ -107,6 +108,28 @@ def test_garbage_ends_its_connection_and_no_other(server: LocalStoreServer, garb
             other.sendall(garbage)
             assert other.recv(1) == b""
         assert store.get("key") == b"value"
+
+
+def test_a_client_waits_while_descriptors_are_short(server: LocalStoreServer) -> None:
+    """accept() fails then, and the launcher must neither spin nor give up."""
+    request = struct.pack("<IBH", 4, 2, 1) + b"k"  # get "k"
+    with socket.socket(socket.AF_UNIX) as early, socket.socket(socket.AF_UNIX) as late:
+        free = os.dup(0)
+        os.close(free)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            for client in (early, late):
+                client.settimeout(0.3)
+                client.connect(server.path)
+                client.sendall(request)
+            with pytest.raises(TimeoutError):  # of the two, an accept() that waits already has a descriptor for one
+                late.recv(5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for client in (early, late):
+            client.settimeout(5)
+            assert client.recv(5) == struct.pack("<I", 1) + b"\0"
 
 
 def test_a_request_that_is_interrupted_does_not_confuse_the_next(server: LocalStoreServer) -> None:
