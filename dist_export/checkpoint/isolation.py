@@ -24,7 +24,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError
 
 IN_PROCESS_BYTES = 2 << 20
@@ -61,19 +60,6 @@ class ParseLimits(Struct, frozen=True):
             raise ExportError(f"{MEMORY_VARIABLE}={asked!r} is not a number of bytes")
         memory = int(asked) if asked else _BASE_MEMORY + _MEMORY_PER_BYTE * num_bytes
         return cls(memory, _BASE_SECONDS + _SECONDS_PER_MIB * num_bytes / (1 << 20))
-
-
-def index_in_child(folder: Path, *, limits: ParseLimits | None = None) -> CheckpointIndex:
-    """The chunk table of a ``torch_dist`` iteration folder, parsed by a child process within `limits`.
-
-    Raises `ExportError` as `in_child` does.
-    """
-    from dist_export.checkpoint.torch_dist import packed_index
-
-    path = folder / ".metadata"
-    limits = limits or ParseLimits.for_size(path.stat().st_size)
-    (table,) = in_child(packed_index, [[os.path.abspath(folder)]], names=[str(path)], limits=limits)
-    return CheckpointIndex.from_buffer(table, origin=str(path))
 
 
 def in_child(

@@ -18,7 +18,7 @@ import re
 
 from msgspec import Struct, field
 
-from dist_export.checkpoint.pickle_scan import (
+from dist_export.checkpoint.pickle_bounds import (
     MalformedError,
     PickleSummary,
     ScanLimits,

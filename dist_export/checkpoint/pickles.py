@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_export.checkpoint.metadata_records import Metadata, check_metadata, resolve_metadata_name
-from dist_export.checkpoint.pickle_scan import METADATA_LIMITS, PickleSummary, ScanLimits, prescan
+from dist_export.checkpoint.pickle_bounds import METADATA_LIMITS, PickleSummary, ScanLimits
+from dist_export.checkpoint.pickle_scan import prescan
 from dist_export.checkpoint.stand_ins import (
     Callback,
     OrderedItems,

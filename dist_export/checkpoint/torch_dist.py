@@ -22,7 +22,7 @@ from dist_export.checkpoint.index import (
     without_wrapper_prefix,
 )
 from dist_export.checkpoint.index_builder import IndexBuilder, Place
-from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, index_in_child
+from dist_export.checkpoint.isolation import IN_PROCESS_BYTES, ParseLimits, in_child
 from dist_export.checkpoint.metadata_records import ChunkStorageMetadata, TensorStorageMetadata
 from dist_export.checkpoint.pickles import Metadata, load_metadata_pickle
 from dist_export.checkpoint.torch_save import load_object
@@ -91,6 +91,17 @@ def parse_index(folder: Path) -> CheckpointIndex:
     except OSError as error:
         raise _unreadable(path, error) from error
     return build_index(folder, load_metadata_pickle(data, origin=str(path)))
+
+
+def index_in_child(folder: Path, *, limits: ParseLimits | None = None) -> CheckpointIndex:
+    """The chunk table of a ``torch_dist`` iteration folder, parsed by a child process within `limits`.
+
+    Raises `ExportError` as `in_child` does.
+    """
+    path = folder / ".metadata"
+    limits = limits or ParseLimits.for_size(path.stat().st_size)
+    (table,) = in_child(packed_index, [[os.path.abspath(folder)]], names=[str(path)], limits=limits)
+    return CheckpointIndex.from_buffer(table, origin=str(path))
 
 
 def packed_index(folder: str) -> bytes:

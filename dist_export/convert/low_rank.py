@@ -17,8 +17,8 @@ import numpy.typing as npt
 from dist_export.convert.numpy_arithmetic import Float32, from_float32, to_float32
 from dist_export.convert.sources import SourceFiles, SourceRectangle
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.low_rank import LowRankTerm
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.tensors.dtypes import DType, dtype_by_name
 from dist_export.tensors.views import Slab
 

@@ -22,8 +22,8 @@ from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.convert.numpy_arithmetic import to_float32
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError, Faults
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.quantization import PER_TENSOR, STATIC_INPUT, Quantization, kv_module, row_slab
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.quantize import FP8_MAX
 from dist_export.tensors.dtypes import DType, dtype_by_name
 

@@ -15,9 +15,9 @@ from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.numpy_arithmetic import Float32, to_float32
 from dist_export.convert.sources import SourceFiles, SourceRectangle
 from dist_export.convert.tiles import Tile
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.low_rank import Updates
 from dist_export.models.quantization import stored_blocks
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import Rectangle, WorkItem, flat_rectangle, flat_shape, slab_shape
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import DType, dtype_by_name

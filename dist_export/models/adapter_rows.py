@@ -11,8 +11,8 @@ from msgspec import Struct
 
 from dist_export.checkpoint.adapters import AdapterSettings
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.config import ModelConfig
+from dist_export.models.source_tensor import SourceTensor
 
 Starts = Callable[[], Sequence[int]]
 """Gives rows at which a matrix was cut."""

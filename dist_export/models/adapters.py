@@ -30,9 +30,10 @@ from dist_export.checkpoint.adapters import AdapterSettings, adapter_names
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.errors import ExportError, Faults
 from dist_export.models.adapter_rows import Placed, RowOrder, placed_rows
-from dist_export.models.catalog import Position, SourceCatalog, SourceTensor, fold
+from dist_export.models.catalog import Position, SourceCatalog, fold
 from dist_export.models.config import ModelConfig
 from dist_export.models.low_rank import LowRankTerm, LowRankUpdate, Updates
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from dist_export.tensors.views import Slab

@@ -10,30 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
-from typing import TYPE_CHECKING
 
 from msgspec import Struct, field
 
 from dist_export.errors import Faults
+from dist_export.models.low_rank import Updates
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.views import Slab
-
-if TYPE_CHECKING:
-    from dist_export.models.low_rank import Updates
 
 _LAYERS = re.compile(r"^(?P<stack>decoder|mtp)\.layers\.(?:(?P<layer>\d+)\.)?(?P<rest>.*)$")
 _EXPERTS = re.compile(r"^(?P<head>.*\.experts\.experts\.)(?:(?P<expert>\d+)\.)?(?P<rest>.*)$")
 
 Position = tuple[int, int]
 """(layer, expert); -1 where the name has no such hole, or where the hole is a dim of the stored tensor."""
-
-
-class SourceTensor(Struct, frozen=True):
-    """Where one layer's (and expert's) tensor lies, with the shape that is left after the fixed dims."""
-
-    slab: Slab
-    shape: Shape
-    dtype: str
 
 
 class _Stored(Struct, frozen=True):

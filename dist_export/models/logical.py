@@ -7,9 +7,10 @@ from collections import defaultdict
 from msgspec import Struct
 
 from dist_export.errors import ExportError, Faults
-from dist_export.models.catalog import SourceCatalog, SourceTensor
+from dist_export.models.catalog import SourceCatalog
 from dist_export.models.config import ModelConfig
 from dist_export.models.rules import SourceRule
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.models.value_ops import ValueOp
 from dist_export.tensors.views import View
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.tensors.views import Slab
 

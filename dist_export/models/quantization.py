@@ -22,9 +22,10 @@ from dist_export.checkpoint.quantizer_names import (
 )
 from dist_export.checkpoint.quantizer_scheme import KvScheme, LinearScheme, Scheme
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceCatalog, SourceTensor
+from dist_export.models.catalog import SourceCatalog
 from dist_export.models.layout_ops import SPLIT_HALVES
 from dist_export.models.logical import Located, LogicalModel
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.tensors.boxes import Shape
 from dist_export.tensors.views import Slab, View, concatenate
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.rules import TargetRule
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.recipes import Absorbed
 from dist_export.plan.work import OutputTensor
 from dist_export.tensors.dtypes import DType, dtype_by_name

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from dist_export.convert.execute import Converter
 from dist_export.convert.numpy_arithmetic import MOST_BYTES, NumpyArithmetic
 from dist_export.convert.sources import SourceFiles, SourceRectangle
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import SlabUses, Use, flat_shape
 from dist_export.tensors.dtypes import DType

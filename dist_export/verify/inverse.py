@@ -18,11 +18,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.config import ModelConfig
 from dist_export.models.layout_ops import TrimVocabulary
 from dist_export.models.rules import Input, Scope, SourceRule, TargetRule
 from dist_export.models.shard_ops import ShardOp, TensorParallel
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import OutputTensor, SlabUses, Use, flat_rectangle
 from dist_export.tensors.boxes import Box, Shape
 from dist_export.tensors.dtypes import dtype_by_name

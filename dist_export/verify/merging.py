@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import SlabUses
 from dist_export.tensors.dtypes import FLOAT16, FLOAT32, DType, dtype_by_name
 from dist_export.verify.output import Block

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantizer
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.models.value_ops import ValueOp
 from dist_export.plan.recipes import Codes, Encoded, Folded
 from dist_export.plan.work import OutputTensor, Use

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.recipes import Encoded
 from dist_export.plan.work import Use
 from dist_export.tensors.dtypes import BFLOAT16, dtype_by_name

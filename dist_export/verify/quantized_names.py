@@ -8,7 +8,7 @@ from enum import Enum
 from msgspec import Struct, field
 
 from dist_export.checkpoint.quantizer_names import ModuleName
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import OutputTensor, Use
 
 Cells = tuple[int, int, int, int]

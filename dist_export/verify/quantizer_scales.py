@@ -18,8 +18,8 @@ from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.quantizer_names import ModuleName, Quantity, Quantizer, QuantizerTensor, quantizer_tensor
 from dist_export.checkpoint.quantizer_scheme import KvScheme
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.quantization import Quantization
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import SlabUses
 from dist_export.tensors.boxes import Box
 from dist_export.tensors.dtypes import FLOAT8_E4M3, DType, dtype_by_name

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import Struct
 
 from dist_export.convert.sources import SourceFiles, SourceRectangle
-from dist_export.models.catalog import SourceTensor
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import SlabUses, flat_shape
 from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.verify.output import Block

@@ -30,7 +30,7 @@ FILES = (
     *("dcp .metadata", "dcp args"),
 )
 NOISE = Random(0).randbytes(100_000)
-MANY_DICTS = b"\x80\x04B" + len(NOISE).to_bytes(4, "little") + NOISE + b"0(" + b"}" * (2 * MIB) + b"l."
+MANY_DICTS = b"\x80\x04B" + len(NOISE).to_bytes(4, "little") + NOISE + b"0(" + b"}" * (4 * MIB) + b"l."
 """Passes the look before parsing, and takes 64 bytes of memory for each of its own."""
 IN_MEMORY = [name for name in FILES if not name.startswith(("torch_dist .", "zarr", "nemo 2", "nemo ranks,", "dcp ."))]
 """One of each way to read them."""

@@ -23,7 +23,8 @@ from support.large_models import LargeModel, moe_1t, num_chunks, write_large_che
 from dist_export.checkpoint import isolation, torch_dist
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.index_builder import IndexBuilder
-from dist_export.checkpoint.isolation import MEMORY_VARIABLE, ParseLimits, index_in_child
+from dist_export.checkpoint.isolation import MEMORY_VARIABLE, ParseLimits
+from dist_export.checkpoint.torch_dist import index_in_child
 from dist_export.errors import ExportError
 from dist_export.tensors.boxes import Box
 

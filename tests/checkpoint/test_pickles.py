@@ -26,8 +26,9 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from dist_export.checkpoint.pickle_bounds import METADATA_LIMITS, MalformedError
 from dist_export.checkpoint.pickle_bulk_scan import bulk_scan
-from dist_export.checkpoint.pickle_scan import METADATA_LIMITS, MalformedError, _Walk
+from dist_export.checkpoint.pickle_scan import _Walk
 from dist_export.checkpoint.pickles import (
     Record,
     ScanLimits,

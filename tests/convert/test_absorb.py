@@ -14,8 +14,8 @@ from dist_export.convert.permute import permuted_slices
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.low_rank import LowRankTerm, LowRankUpdate
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.recipes import Absorbed
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.plan.work import collect_uses

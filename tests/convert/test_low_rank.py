@@ -16,8 +16,8 @@ from dist_export.convert.low_rank import LowRankMerger
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.tiles import Tile
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.low_rank import LowRankTerm, LowRankUpdate
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.work import SlabUses, WorkItem
 from dist_export.tensors.dtypes import dtype_by_name
 from dist_export.tensors.views import Slab

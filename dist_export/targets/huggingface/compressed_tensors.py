@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from dist_export.checkpoint.quantizer_names import ModuleName
 from dist_export.checkpoint.quantizer_scheme import KvScheme, Scheme
 from dist_export.errors import ExportError
-from dist_export.models.catalog import SourceTensor
 from dist_export.models.quantization import Quantization, kv_module
+from dist_export.models.source_tensor import SourceTensor
 from dist_export.plan.quantize import FP4, FP8_MAX, Dialect, LinearQuantizer, Role
 from dist_export.plan.recipes import Codes, Constant, Encoded, Factors, Folded, Recipe, Scalars, Stored
 from dist_export.plan.shard import PlannedTensor, Resolved
