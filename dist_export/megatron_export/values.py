@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec import Struct
@@ -24,8 +25,9 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 """``ModelType`` (megatron/core/export/model_type.py) -> the families here that it stood for."""
 
 
-class ExportConfig(Struct):
-    """The target layout, as megatron/core/export/export_config.py has it; theirs is accepted as well."""
+@dataclass
+class ExportConfig:
+    """The target layout: a dataclass, as in megatron/core/export/export_config.py; theirs is accepted as well."""
 
     inference_tp_size: int = 1
     inference_pp_size: int = 1

@@ -38,7 +38,7 @@ class Arguments:
         if isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(value, int) and not isinstance(value, bool):
-            return value
+            return int(value)
         if value is not None:
             self._fault(name, "an integer")
         return None
@@ -70,7 +70,7 @@ class Arguments:
         """The value as str, or None."""
         value = self.values.get(name)
         if isinstance(value, str):
-            return value
+            return str.__str__(value)  # of a member of a str enumeration too
         if value is not None:
             self._fault(name, "a word")
         return None

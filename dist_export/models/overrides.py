@@ -189,7 +189,7 @@ def _parse_rope_scaling(field: str, text: str) -> RopeScaling:
 
 def _coerce_int(field: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
+        return int(value)  # a library's own kind of int has no place in a manifest
     raise _wrong(field, value, "an integer")
 
 

@@ -53,7 +53,7 @@ def add_refit_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("running")
     run.add_argument("--num-processes", type=positive, metavar="N", help="default: target ranks, at most cores")
     run.add_argument("--host-memory", type=parse_size, metavar="SIZE", help="buffers per process, default 1g")
-    run.add_argument("--num-threads", type=positive, default=2, metavar="N", help="per process, default 2")
+    run.add_argument("--num-threads", type=positive, metavar="N", help="per process, default 2; 1 if cores are few")
     run.add_argument("--device", default="auto", help="for arithmetic: auto (default), cpu, cuda, cuda:N")
     run.add_argument("--log-json", action="store_true", help="events as JSON lines on standard error, no text there")
     run.add_argument("--progress-file", type=Path, metavar="FILE", help="keep a JSON file with the state, each second")

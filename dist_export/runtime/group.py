@@ -211,7 +211,7 @@ class Group:
             self.check()
             self._fail_if_late(begun, step=step, source=source)
             time.sleep(pause)
-            pause = min(1.2 * pause, _LONGEST_PAUSE_S)  # a sixth of the wait so far, at most
+            pause = min(1.2 * pause, _LONGEST_PAUSE_S)  # about a sixth of the wait so far
         return value
 
     def _fail_if_late(self, begun: float, *, step: str, source: int) -> None:

@@ -24,7 +24,7 @@ _LEAVE_WITHIN_S, _KILL_AFTER_S = 5.0, 4.0
 #: Seconds between two looks at the children.
 _LOOK_S = 0.005
 #: Children whose end is waited for rather than looked for: descriptors are needed for their connections too.
-_MOST_WATCHED = 128
+_MOST_WATCHED = 64
 
 
 def run_local(
@@ -87,6 +87,8 @@ class _Launcher:
         for pid in self._running.values():
             os.waitpid(pid, 0)
         self._running.clear()
+        while self._endings:
+            os.close(self._endings.popitem()[1])
         self._server.close()
 
     def conclude(self, tell: Report) -> int:

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import select
 import shutil
 import socket
 import struct
@@ -29,7 +29,7 @@ _MAX_MESSAGE = MAX_VALUE + (64 << 10)
 _ANSWER_WITHIN_S = 30.0
 #: Clients that may have asked for a connection before the launcher answers.
 _WAITING_CONNECTIONS = 1024
-#: Seconds until another try where there are too many open files.
+#: Seconds until another try where a connection could not be accepted.
 _RETRY_S = 0.05
 #: Shorter than the 108 bytes of sockaddr_un.sun_path.
 _MAX_SOCKET_PATH = 100
@@ -131,11 +131,15 @@ class LocalStoreServer:
             self.remove_folder()
             raise ExportError(f"cannot open a socket at {self.path}: {error}; set TMPDIR to a local folder") from error
         self._thread: threading.Thread | None = None
+        self._end: tuple[int, int] = (-1, -1)
+        """A pipe whose writing end is closed to end the thread."""
 
     def start(self) -> None:
         """Begin to answer, in a daemon thread. The process that made the server calls it, after forking."""
-        self._thread = threading.Thread(target=self._accept, name="store", daemon=True)
-        self._thread.start()
+        self._end = os.pipe()
+        thread = threading.Thread(target=self._accept, name="store", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def connect_in_child(self) -> LocalStore:
         """The client of a forked child, which gives up its copy of the listening socket."""
@@ -145,25 +149,30 @@ class LocalStoreServer:
     def close(self) -> None:
         """Stop answering and remove the socket and its directory. The process that made the server calls it."""
         if self._thread is not None:
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            os.close(self._end[1])
             self._thread.join()
+            os.close(self._end[0])
             self._thread = None
         self._socket.close()
         self.remove_folder()
 
     def _accept(self) -> None:
-        """Serve every client in a thread of its own, until the socket is shut down."""
-        while True:
+        """Serve every client in a thread of its own, until the pipe ends."""
+        self._socket.setblocking(False)
+        watched = select.poll()
+        watched.register(self._socket, select.POLLIN)
+        watched.register(self._end[0], select.POLLIN)
+        while self._end[0] not in (descriptor for descriptor, _ in watched.poll()):
             try:
                 connection, _ = self._socket.accept()
-            except ConnectionError:
-                continue  # the client has gone already
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    time.sleep(_RETRY_S)  # no descriptor is free; the client waits
-                    continue
-                return
-            threading.Thread(target=_serve, args=(connection, self.memory), name="store client", daemon=True).start()
+            except OSError:  # no descriptor or memory is free, and the client waits; or it has gone already
+                time.sleep(_RETRY_S)
+                continue
+            connection.setblocking(True)
+            try:
+                threading.Thread(target=_serve, args=(connection, self.memory), name="client", daemon=True).start()
+            except RuntimeError:  # no thread is to be had: this client learns of it, the others are served
+                connection.close()
 
     def remove_folder(self) -> None:
         """Remove the socket and its directory; nobody can connect any more."""

@@ -119,7 +119,7 @@ def _clipped(piece: Piece, dim: int, first: int, end: int) -> Piece | None:
     box, source = piece.box, piece.source_start
     left, length = box.start[dim], box.size[dim]
     low, high = max(left, first), min(left + length, end)
-    if high <= low:
+    if high <= low or 0 in box.size:
         return None
     inside = Box(_with(box.start, dim, low - first), _with(box.size, dim, high - low))
     if piece.slab is None:

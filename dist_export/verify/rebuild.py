@@ -17,7 +17,7 @@ from dist_export.convert.sources import SourceFiles
 from dist_export.errors import ExportError
 from dist_export.plan.export import validate
 from dist_export.plan.work import OutputTensor, Use, flat_rectangle, flat_shape
-from dist_export.tensors.boxes import Box, partition_faults
+from dist_export.tensors.boxes import Box, Shape, partition_faults
 from dist_export.tensors.views import Slab
 from dist_export.verify.absorbed import Products
 from dist_export.verify.compare import Comparer, Difference, choose_converter
@@ -89,8 +89,12 @@ def _target_faults(inverse: InverseRules, boxes: Mapping[TensorId, set[Box]]) ->
             Box((r.rows[0], r.columns[0]), (r.rows[1] - r.rows[0], r.columns[1] - r.columns[0]))
             for r in zero_regions(output)
         ]
-        for fault in partition_faults([*boxes.get(key, ()), *zeros], flat):
+        for fault in partition_faults([*sorted(boxes.get(key, ()), key=_place), *zeros], flat):
             yield Finding(COVERAGE, inverse.output.where(key), fault)
+
+
+def _place(box: Box) -> tuple[Shape, Shape]:
+    return box.start, box.size  # the same order in every process, in which sets have their own
 
 
 def zero_regions(output: OutputTensor) -> list[Region]:
