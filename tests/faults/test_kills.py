@@ -88,7 +88,7 @@ def test_killed_late_in_the_transfer(
 ) -> None:
     output = tmp_path / "out"
     fault = {"rank": rank, "point": "transfer", "action": "kill", "after": 80, "pace": 0.002}
-    ended = run(long_checkpoint, output, *LAYOUT, "--host-memory", "256k", **fault)
+    ended = run(long_checkpoint, output, *LAYOUT, "--host-memory", "128k", **fault)
     check_failure(ended, f"rank {rank} was killed", 3)
     assert not output.exists()
     check_leftovers(output)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from verify.faulty import Tensors, adopt_the_plan, change, export_to, messages, verify
 
 from dist_export.convert import absorb
 from dist_export.models import shard_ops
 from dist_export.models.shard_ops import TensorParallel
+from dist_export.plan.recipes import Absorbed
 from dist_export.plan.shard import PlannedTensor, Resolved, ShardPlanner
 from dist_export.targets.trtllm.target import TrtllmOptions
 from dist_export.tensors.dtypes import dtype_by_name
@@ -100,8 +102,8 @@ def test_a_plan_that_takes_the_keys_of_another_head(tmp_path: Path, monkeypatch:
         keys = resolved.slices[0][1]
         taken = shard_ops.HEADS.take(keys.tensor.view, other, self.logical.config)
         planned = plain(self, resolved)
-        object.__setattr__(planned.recipe, "keys", taken)
-        return planned
+        assert isinstance(planned.recipe, Absorbed)
+        return replace(planned, recipe=replace(planned.recipe, keys=taken))
 
     monkeypatch.setattr(ShardPlanner, "_absorbed", wrong)
     output = export_to(CHECKPOINT, tmp_path / "out", TrtllmOptions(tp_size=2))
