@@ -48,7 +48,7 @@ def measure(rows: list[Row], find: Callable[[str], Path], work: Path, runs: int)
         for row in rows:
             _, model, tp, num_processes = row
             found[row].append(run_export(find(model), work / "export", tp, num_processes))
-            clear(work / "export", cold=False)
+            clear(work / "export", cold=())
     print("| what | model | tp | processes | whole s (min-max) | GB/s | peak MiB per process | growth MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for row, results in found.items():
