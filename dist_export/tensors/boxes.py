@@ -37,10 +37,6 @@ class Box(Struct, frozen=True):
         """Exclusive end per dim."""
         return tuple(map(add, self.start, self.size))
 
-    def shifted(self, by: Shape) -> Box:
-        """The same box moved by `by` elements per dim."""
-        return Box(tuple(map(add, self.start, by)), self.size)
-
     def relative_to(self, origin: Shape) -> Box:
         """The same box seen from `origin`."""
         return Box(tuple(map(sub, self.start, origin)), self.size)

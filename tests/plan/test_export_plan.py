@@ -55,7 +55,7 @@ def _overlap(piece: Piece) -> list[Piece]:
 
 
 def _outside(piece: Piece) -> list[Piece]:
-    return [structs.replace(piece, box=piece.box.shifted((1, 0)))]
+    return [structs.replace(piece, box=Box((piece.box.start[0] + 1, piece.box.start[1]), piece.box.size))]
 
 
 def _shifted_source(piece: Piece) -> list[Piece]:
