@@ -114,8 +114,10 @@ def decide(
     Raises `ExportError` for a quantised checkpoint whose weights cannot be taken as they are, for schemes that cannot
     be exported, and for activations without a scale.
     """
+    if states.te is None and not options.exclude:  # nothing asks for it
+        return None
     modules = _included(logical, options.exclude)
-    if states.te is None:  # nothing asks for it
+    if states.te is None:
         return None
     from dist_export.activation_scales import kv_cache_scheme, with_kv_cache
 
@@ -177,9 +179,9 @@ def linear_modules(logical: LogicalModel) -> Iterator[ModuleName]:
     patterns = [rule.source for rule in logical.rules if _is_linear(rule.source) and rule.when(config)]
     for pattern in dict.fromkeys(name.rpartition(".")[0] for name in patterns):
         experts = range(config.num_experts) if "{expert}" in pattern else (-1,)
+        sources = [name for name in patterns if name.rpartition(".")[0] == pattern]
         for layer in range(config.num_layers):
             for expert in experts:
-                sources = [name for name in patterns if name.rpartition(".")[0] == pattern]
                 if any(logical.catalog.find(source, layer=layer, expert=expert) for source in sources):
                     yield ModuleName(pattern, layer, expert)
 

@@ -124,6 +124,8 @@ class TensorTable(Mapping[str, TensorInfo]):
         return result
 
 
+FEW_CHUNKS = 4
+"""Boxes that are compared sooner in Python than with arrays."""
 MANY_CHUNKS = 64
 """Of one tensor, from which on looking at all of them costs more than finding the few that matter."""
 
@@ -267,8 +269,8 @@ class CheckpointIndex:
 
     def _chunk(self, number: int, bounds: Int64) -> Chunk:
         file, offset, length = self._places[number].tolist()
-        box = Box(tuple(bounds[:, 0].tolist()), tuple(bounds[:, 1].tolist()))
-        return Chunk(box, file, offset, length, self._strides.get(number))
+        start, size = bounds.T.tolist() if bounds.size else ((), ())
+        return Chunk(Box(tuple(start), tuple(size)), file, offset, length, self._strides.get(number))
 
 
 def make_header(
@@ -323,10 +325,19 @@ def _inconsistent(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> boo
 
 
 def _touching(boxes: Int64, box: Box) -> list[int]:
+    if len(boxes) <= FEW_CHUNKS:
+        return [row for row, bounds in enumerate(boxes.tolist()) if _meets(bounds, box)]
     start, size = np.array(box.start, np.int64), np.array(box.size, np.int64)
     below = boxes[:, :, 0] < start + size
     above = boxes[:, :, 0] + boxes[:, :, 1] > start
     return [int(row) for row in np.nonzero((below & above).all(axis=1))[0]]
+
+
+def _meets(bounds: Iterable[tuple[int, int]], box: Box) -> bool:
+    for (start, size), first, length in zip(bounds, box.start, box.size, strict=True):
+        if start >= first + length or first >= start + size:
+            return False
+    return True
 
 
 def without_wrapper_prefix(name: str) -> str:

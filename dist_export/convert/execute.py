@@ -274,14 +274,20 @@ class Executor:
 
     def _write(self, output: OutputTensor, offset: int, data: memoryview) -> None:
         """Write the bytes at `offset` of a tensor, but for those that an earlier run has written."""
+        if not self.done:
+            self._write_new(output, offset, data)
+            return
         for first, length in self.done.missing(output.key, offset, data.nbytes):
-            part = data[first - offset : first - offset + length]
-            with self.profile.span("write"):
-                self.outputs[output.file].write_at(output.offset + first, part)
-            with self.profile.span("checksum"):
-                run = self.ledger.note(output.key, first, part)
-            if self.journal is not None:
-                self.journal.note(output.key, run)
+            self._write_new(output, first, data[first - offset : first - offset + length])
+
+    def _write_new(self, output: OutputTensor, offset: int, data: memoryview) -> None:
+        key = output.key
+        with self.profile.span("write"):
+            self.outputs[output.file].write_at(output.offset + offset, data)
+        with self.profile.span("checksum"):
+            run = self.ledger.note(key, offset, data)
+        if self.journal is not None:
+            self.journal.note(key, run)
 
     def _write_small(self, output: OutputTensor) -> None:
         """A tensor that is made apart from the weights, some rows at a time."""
@@ -323,7 +329,7 @@ def _packed(block: Block, buffer: _Buffer) -> memoryview:
         packed = np.ndarray(block.shape, block.dtype, buffer.take(block.nbytes))
         packed[...] = block
         block = packed
-    return memoryview(block.reshape(-1).view(np.uint8).data)
+    return memoryview(block.data).cast("B")
 
 
 def _place(tile: Tile, use: Use) -> Rectangle2D:

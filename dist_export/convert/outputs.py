@@ -69,13 +69,13 @@ class OutputFile:
 
     def write_at(self, offset: int, data: memoryview) -> None:
         """Write all of `data`; `ExportError` says what the disk said."""
-        done = 0
-        while done < data.nbytes:
-            try:
+        try:
+            done, size = os.pwrite(self._descriptor, data, offset), data.nbytes
+            while done < size:
                 done += os.pwrite(self._descriptor, data[done:], offset + done)
-            except OSError as error:
-                raise write_error(self.path, error) from error
-        self._start_write_back(offset, data.nbytes)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        self._start_write_back(offset, size)
 
     def read(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
         """Up to `length` bytes from `offset`, in parts that lie in `buffer`; fewer where the file is shorter."""

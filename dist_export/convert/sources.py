@@ -88,21 +88,25 @@ class SourceFiles:
 
     def read_at(self, file: int, offset: int, size: int) -> bytes:
         """Up to `size` bytes at `offset` (fewer at the end of the file)."""
-        buffer = bytearray(size)
         descriptor = self._take(file)
         try:
-            count = self._read_some(descriptor, file, offset, memoryview(buffer))
+            data = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise self._read_error(file, offset, error) from error
         finally:
             self._release(file)
         with self._lock:
-            self.num_bytes_read += count
-        return bytes(buffer[:count])
+            self.num_bytes_read += len(data)
+        return data
 
     def _read_some(self, descriptor: int, file: int, offset: int, buffer: memoryview) -> int:
         try:
             return os.preadv(descriptor, [buffer], offset)
         except OSError as error:
-            raise ExportError(f"{self.index.path(file)}: cannot read at {offset}: {error.strerror}") from error
+            raise self._read_error(file, offset, error) from error
+
+    def _read_error(self, file: int, offset: int, error: OSError) -> ExportError:
+        return ExportError(f"{self.index.path(file)}: cannot read at {offset}: {error.strerror}")
 
     def rectangles(
         self, slab: Slab, shape: Shape, dtype: DType, *, needed: Sequence[Rectangle] | None = None

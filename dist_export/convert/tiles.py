@@ -48,14 +48,15 @@ def cut(item: WorkItem, rectangles: Sequence[SourceRectangle], tile_bytes: int) 
     Within a tile every chunk covers all rows, and so does every column span that is used; uses themselves may
     begin and end inside.
     """
+    row_step = item.row_step
     for (first, end), (here, columns) in _bands(item, rectangles):
         reads = tuple(read for rectangle in here for read in _reads(rectangle, columns, item.dtype.itemsize))
         step = _rows_per_tile(reads, item.dtype.itemsize, tile_bytes)
-        step = max(step // item.row_step, 1) * item.row_step
+        step = max(step // row_step, 1) * row_step
         for row in range(first, end, step):
             rows = (row, min(row + step, end))
-            uses = tuple(use for use in item.uses if use.source[0] < rows[1] and rows[0] < use.source[1])
-            yield Tile(item, rows, reads, uses)
+            uses = [use for use in item.uses if use.source[0] < rows[1] and rows[0] < use.source[1]]
+            yield Tile(item, rows, reads, tuple(uses))
 
 
 Columns = tuple[int, int]
@@ -65,6 +66,8 @@ def _bands(
     item: WorkItem, rectangles: Sequence[SourceRectangle]
 ) -> list[tuple[tuple[int, int], tuple[tuple[SourceRectangle, ...], tuple[Columns, ...]]]]:
     """Row ranges over which neither the chunks nor the columns used change, with those chunks and columns."""
+    if len(rectangles) == 1 and all(use.source == item.uses[0].source for use in item.uses):  # most experts
+        return [(item.rows, (tuple(rectangles), (item.uses[0].source[2:],)))]
     cuts = {item.rows[0], item.rows[1]}
     cuts |= {row for rectangle in rectangles for row in rectangle.rows}
     cuts |= {row for use in item.uses for row in use.source[:2]}

@@ -35,12 +35,12 @@ class Located(Struct, frozen=True):
 class LogicalModel:
     """Resolves logical names to views of the checkpoint. Pure: reads no file.
 
-    The same instance serves every target rank. The latest splits are kept, so that asking for query, key and
+    The same instance serves every target rank. What was found last is kept, so that asking for query, key and
     value splits the fused tensor once, and so do the tp ranks of a pipeline stage together.
     """
 
-    MOST_SPLITS = 1 << 14
-    """Kept at a time, about 1 kB each: those of a pipeline stage, also of one with thousands of experts."""
+    MOST_KEPT = 1 << 14
+    """Tensors at a time, about 1 kB each: those of a pipeline stage, also of one with thousands of experts."""
 
     def __init__(self, catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> None:
         self.catalog = catalog
@@ -56,19 +56,18 @@ class LogicalModel:
             logical: [(rule, part) for rule, part in each if rule.source in stored]
             for logical, each in self._rules.items()
         }
-        self._parts: dict[tuple[str, int, int], tuple[View, ...]] = {}
+        self._kept: dict[tuple[str, int, int], LogicalTensor] = {}
 
     def find(self, name: str, *, layer: int = -1, expert: int = -1) -> LogicalTensor | None:
         """The logical tensor, or None when no rule's source is in the checkpoint.
 
         Raises `ExportError` as `locate`, and when a source does not have the shape its rule needs.
         """
+        kept = self._kept.get((name, layer, expert))
+        if kept is not None:
+            return kept
         located = self.locate(name, layer=layer, expert=expert)
-        if located is None:
-            return None
-        rule, source = located.rule, located.source
-        view = self._split(rule, source, (rule.source, layer, expert))[located.part]
-        return LogicalTensor(view, source.dtype, rule.values(self.config))
+        return None if located is None else self._split(located, layer, expert)[located.part]
 
     def locate(self, name: str, *, layer: int = -1, expert: int = -1) -> Located | None:
         """The stored tensor that holds a logical one, or None when no rule's source is in the checkpoint.
@@ -89,15 +88,24 @@ class LogicalModel:
         """Folded source names that could hold a logical tensor: for messages."""
         return [rule.source for rule, _ in self._rules.get(name, ())]
 
-    def _split(self, rule: SourceRule, source: SourceTensor, key: tuple[str, int, int]) -> tuple[View, ...]:
-        if key not in self._parts:
-            if len(self._parts) >= self.MOST_SPLITS:
-                del self._parts[next(iter(self._parts))]  # the oldest
-            try:
-                self._parts[key] = rule.op.split(View.of(source.slab, source.shape), self.config.of_layer(key[1]))
-            except ExportError as error:
-                raise ExportError(f"{source.slab}: {error}") from error
-        return self._parts[key]
+    def _split(self, located: Located, layer: int, expert: int) -> list[LogicalTensor]:
+        """All that a stored tensor holds."""
+        rule, source = located.rule, located.source
+        try:
+            views = rule.op.split(View.of(source.slab, source.shape), self.config.of_layer(layer))
+        except ExportError as error:
+            raise ExportError(f"{source.slab}: {error}") from error
+        values = rule.values(self.config)
+        tensors = [LogicalTensor(view, source.dtype, values) for view in views]
+        for name, tensor in zip(rule.logical, tensors, strict=True):
+            if len(self._present[name]) == 1:  # or else `locate` has to see which source it is
+                self._keep((name, layer, expert), tensor)
+        return tensors
+
+    def _keep(self, key: tuple[str, int, int], tensor: LogicalTensor) -> None:
+        while len(self._kept) >= self.MOST_KEPT:
+            del self._kept[next(iter(self._kept))]  # the oldest
+        self._kept[key] = tensor
 
 
 def unexpected_sources(catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> Faults:

@@ -8,7 +8,7 @@ and not once per file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -62,7 +62,8 @@ def make_placement(node_of_process: Sequence[int], costs: Sequence[int]) -> Plac
 
 def work_of(process: int, placement: Placement, slabs: Iterable[SlabUses]) -> list[WorkItem]:
     """The work items of one process. Those of all processes together do every use of every row once."""
-    return [item for slab in slabs for item in _slab_work(process, placement, slab)]
+    homes = {owners: _home(placement, owners) for owners in placement.owners_of_file}
+    return [item for slab in slabs for item in _slab_work(process, _groups(placement, homes, slab), slab)]
 
 
 def fills_of(process: int, placement: Placement, fills: Iterable[Fill]) -> list[Fill]:
@@ -71,9 +72,23 @@ def fills_of(process: int, placement: Placement, fills: Iterable[Fill]) -> list[
     return [fill for fill in fills if fill.output.file in owned]
 
 
-def _slab_work(process: int, placement: Placement, slab: SlabUses) -> Iterator[WorkItem]:
-    for processes, uses in _groups(placement, slab):
+Owners = tuple[int, ...]
+Home = int | Owners
+
+
+def _home(placement: Placement, owners: Owners) -> Home:
+    """The node of a file's owners. Owners on several nodes share with nobody, and stand for themselves: each of them
+    plans only the files near itself."""
+    nodes = {placement.node_of_process[owner] for owner in owners}
+    return nodes.pop() if len(nodes) == 1 else owners
+
+
+def _slab_work(process: int, groups: Iterable[tuple[Owners, list[Use]]], slab: SlabUses) -> Iterator[WorkItem]:
+    for processes, uses in groups:
         if process not in processes:
+            continue
+        if len(processes) == 1:
+            yield slab.item(uses)
             continue
         item = slab.item(uses)
         rows = _share(item.rows, processes.index(process), len(processes), step=item.row_step)
@@ -83,17 +98,17 @@ def _slab_work(process: int, placement: Placement, slab: SlabUses) -> Iterator[W
                 yield slab.item(touching, rows)
 
 
-def _groups(placement: Placement, slab: SlabUses) -> list[tuple[tuple[int, ...], list[Use]]]:
+def _groups(placement: Placement, homes: Mapping[Owners, Home], slab: SlabUses) -> list[tuple[Owners, list[Use]]]:
     """(processes that share the rows, the uses they serve), every use in exactly one group."""
-    by_owners: dict[tuple[int, ...], list[Use]] = {}
+    by_owners: dict[Owners, list[Use]] = {}
     for use in slab.uses:
         by_owners.setdefault(placement.owners_of_file[use.output.file], []).append(use)
-    nodes: dict[int | tuple[int, ...], list[tuple[int, ...]]] = {}
+    if len(by_owners) == 1:
+        return list(by_owners.items())
+    nodes: dict[Home, list[Owners]] = {}
     for owners in by_owners:
-        homes = {placement.node_of_process[owner] for owner in owners}
-        # Owners on several nodes share with nobody: each of them plans only the files near itself.
-        nodes.setdefault(homes.pop() if len(homes) == 1 else owners, []).append(owners)
-    groups = []
+        nodes.setdefault(homes[owners], []).append(owners)
+    groups: list[tuple[Owners, list[Use]]] = []
     for owners_here in nodes.values():
         uses = [use for owners in owners_here for use in by_owners[owners]]
         if len(owners_here) > 1 and _worth_sharing(slab, uses):

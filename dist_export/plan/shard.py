@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Protocol
 
-from msgspec import Struct
+from msgspec import Struct, msgpack
 from msgspec.structs import replace
 
 from dist_export.errors import ExportError, Faults
@@ -114,8 +114,7 @@ class ShardPlan(Struct, frozen=True):
         for tensor in self.tensors:
             line = (tensor.name, str(tensor.dtype), tensor.shape, tensor.offset, tensor.steps)
             state.update(repr((line, tensor.recipe)).encode())
-            for piece in tensor.view.pieces:
-                state.update(repr((piece.box.start, piece.box.size, str(piece.slab), piece.source_start)).encode())
+            state.update(msgpack.encode(tensor.view))
         return state.hexdigest()
 
 

@@ -148,7 +148,7 @@ class WorkItem(Struct, frozen=True):
     @property
     def row_step(self) -> int:
         """Rows that may not be torn apart, since some use stores them in one byte."""
-        return max(use.output.planned.packing[0] for use in self.uses)
+        return max([use.output.planned.packing[0] for use in self.uses])
 
 
 def _view_bytes(view: View, dtype: DType) -> int:
@@ -189,8 +189,8 @@ class SlabUses(Struct, frozen=True):
     def item(self, uses: Iterable[Use], rows: tuple[int, int] | None = None) -> WorkItem:
         """Some of the uses as work: over the rows they need, or the part of them within `rows`."""
         kept = tuple(uses)
-        first = min(use.source[0] for use in kept)
-        end = max(use.source[1] for use in kept)
+        first = min([use.source[0] for use in kept])
+        end = max([use.source[1] for use in kept])
         if rows is not None:
             first, end = max(first, rows[0]), min(end, rows[1])
         return WorkItem(self.slab, self.shape, self.dtype, (first, end), kept, self.update)
@@ -269,6 +269,9 @@ def _area(rectangle: Rectangle) -> int:
 
 def _union_area(rectangles: Sequence[Rectangle]) -> int:
     """Elements covered by at least one rectangle."""
+    ordered = sorted(rectangles)
+    if all(upper[1] <= lower[0] for upper, lower in pairwise(ordered)):
+        return sum(map(_area, ordered))
     edges = sorted({edge for r in rectangles for edge in r[:2]})
     total = 0
     for top, bottom in pairwise(edges):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from operator import add, sub
+from operator import add, attrgetter, le, sub
 
 from msgspec import Struct
 
@@ -55,9 +55,9 @@ class Box(Struct, frozen=True):
 
     def inside(self, shape: Shape) -> bool:
         """Whether the box lies within a tensor of `shape`."""
-        return len(shape) == len(self.size) and all(
-            a >= 0 and a + n <= limit for a, n, limit in zip(self.start, self.size, shape, strict=True)
-        )
+        if len(shape) != len(self.size) or min(self.start, default=0) < 0:
+            return False
+        return all(map(le, map(add, self.start, self.size), shape))
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{a}:{a + n}" for a, n in zip(self.start, self.size, strict=True)) + "]"
@@ -95,7 +95,7 @@ def partition_faults(boxes: Iterable[Box], shape: Shape) -> list[str]:
 def first_overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     """Two boxes that share an element, or None. Empty boxes share nothing."""
     live: list[Box] = []
-    for box in sorted((b for b in boxes if b.num_elements), key=lambda b: b.start):
+    for box in sorted([b for b in boxes if 0 not in b.size], key=attrgetter("start")):
         if not box.start:  # scalars: every box is the same single element
             if live:
                 return live[0], box

@@ -8,6 +8,7 @@ into views, so a chain of them dissolves into a flat list of copies before a byt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -72,8 +73,8 @@ class View(Struct, frozen=True):
             raise ExportError(f"cannot take {start}:{start + length} of dim {dim} of shape {list(self.shape)}")
         if length == self.shape[dim]:
             return self
-        kept = (_clipped(piece, dim, start, start + length) for piece in self.pieces)
-        return View(_with(self.shape, dim, length), tuple(piece for piece in kept if piece is not None))
+        kept = [_clipped(piece, dim, start, start + length) for piece in self.pieces]
+        return View(_with(self.shape, dim, length), tuple([piece for piece in kept if piece is not None]))
 
     def gather(self, dim: int, ranges: Sequence[tuple[int, int]]) -> View:
         """The (start, length) ranges of `dim`, one after the other: a permutation, selection or replication."""
@@ -85,10 +86,6 @@ class View(Struct, frozen=True):
         if missing == 0:
             return self
         return concatenate([self, View.zeros(_with(self.shape, dim, missing))], dim)
-
-    def unsqueeze(self) -> View:
-        """A new leading dim of size 1. Pieces then address slabs with one fixed dim less: see `stack`."""
-        return View((1, *self.shape), tuple(_unsqueezed(piece) for piece in self.pieces))
 
 
 def concatenate(views: Sequence[View], dim: int) -> View:
@@ -106,8 +103,17 @@ def concatenate(views: Sequence[View], dim: int) -> View:
 
 
 def stack(views: Sequence[View]) -> View:
-    """Equal shapes stacked along a new leading dim."""
-    return concatenate([view.unsqueeze() for view in views], 0)
+    """Equal shapes stacked along a new leading dim, along which every piece has size 1."""
+    shape = views[0].shape
+    pieces = list[Piece]()
+    for number, view in enumerate(views):
+        if view.shape != shape:
+            raise ExportError(f"cannot stack shapes {list(shape)} and {list(view.shape)}")
+        pieces += [
+            Piece(Box((number, *piece.box.start), (1, *piece.box.size)), piece.slab, piece.source_start)
+            for piece in view.pieces
+        ]
+    return View((len(views), *shape), tuple(pieces))
 
 
 def _with(shape: Shape, dim: int, value: int) -> Shape:
@@ -116,26 +122,26 @@ def _with(shape: Shape, dim: int, value: int) -> Shape:
 
 def _clipped(piece: Piece, dim: int, first: int, end: int) -> Piece | None:
     """What of a piece lies in ``first : end`` of `dim`, seen from `first`."""
-    box, source = piece.box, piece.source_start
+    clipped = _clipped_boxes(piece.box, piece.source_start, dim, first, end)
+    return None if clipped is None else Piece(clipped[0], piece.slab, clipped[1])
+
+
+@lru_cache(maxsize=1 << 12)
+def _clipped_boxes(box: Box, source: Shape, dim: int, first: int, end: int) -> tuple[Box, Shape] | None:
+    """As `_clipped`, of a piece's place in the view and its start in the slab. Experts, and layers, are cut alike."""
     left, length = box.start[dim], box.size[dim]
     low, high = max(left, first), min(left + length, end)
     if high <= low or 0 in box.size:
         return None
     inside = Box(_with(box.start, dim, low - first), _with(box.size, dim, high - low))
-    if piece.slab is None:
-        return Piece(inside, None)
-    # A stacked view has one dim more than its slab: the extra leading dim has size 1 in every piece.
+    # A stacked view has one dim more than its slab: the extra leading dim has size 1 in every piece. Zeros have none.
     own = dim - (len(box.start) - len(source))
-    return Piece(inside, piece.slab, _with(source, own, source[own] + low - left) if own >= 0 else source)
+    return inside, _with(source, own, source[own] + low - left) if source and own >= 0 else source
 
 
 def _moved(piece: Piece, dim: int, by: int) -> Piece:
     start = piece.box.start
     return Piece(Box(_with(start, dim, start[dim] + by), piece.box.size), piece.slab, piece.source_start)
-
-
-def _unsqueezed(piece: Piece) -> Piece:
-    return Piece(Box((0, *piece.box.start), (1, *piece.box.size)), piece.slab, piece.source_start)
 
 
 def _merged(pieces: list[Piece], dim: int) -> list[Piece]:

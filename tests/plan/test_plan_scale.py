@@ -70,7 +70,7 @@ def test_of_all_ranks_of_405b_few_are_kept_when_they_are_validated(monkeypatch: 
     plan = large_plan(dense_405b(), tp=8, pp=16)
     assert validate(plan) == {}
     assert 0 < sum(shard.num_pieces for shard in plan._shards.values()) <= 500
-    assert len(plan.planner.logical._parts) <= LogicalModel.MOST_SPLITS
+    assert len(plan.planner.logical._kept) <= LogicalModel.MOST_KEPT
     summaries = plan.summaries()
     assert len(summaries) == 128
     assert plan.summary(77) == summaries[77]
