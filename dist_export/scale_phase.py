@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 from msgspec import Struct, field
 
 from dist_export.checkpoint.index import CheckpointIndex
-from dist_export.convert.measuring import KeptBytes, measure
+from dist_export.convert.measuring import KeptBytes, measure, room_for_kept
 from dist_export.convert.outputs import write_error
 from dist_export.convert.scale_table import ScaleTable, entries_of, find, share, table_of
 from dist_export.convert.sources import SourceFiles
 from dist_export.convert.view_reader import ViewReader
+from dist_export.machinery import Resources
 from dist_export.models.quantization import Quantization
 from dist_export.plan.work import WorkItem
 from dist_export.runtime.collective import all_reduce_max
@@ -42,23 +44,26 @@ def find_scales(
     group: Group,
     *,
     items: Sequence[WorkItem],
-    room: int,
-    device: str,
+    resources: Resources,
     staging: Path | None,
 ) -> FoundScales:
     """The scale table. All ranks call it, rank 0 with its staging folder, each with the `items` of its transfer.
 
     Each process reads its share of what is stored and measures the weights that it will transfer, of which it keeps
-    `room` bytes; one MAX all-reduce (over NCCL where every rank has a GPU, `device`) makes the table. A table that an
-    earlier run left in `staging` is taken as it is, so that a resumed run quantises with the very same scales. Raises
-    `ExportError`.
+    as many as its memory allows; one MAX all-reduce (over NCCL where every rank has a GPU) makes the table. A table
+    that an earlier run left in `staging` is taken as it is, so that a resumed run quantises with the very same scales.
+    Nothing is done, and no torch imported, where there is nothing to find. Raises `ExportError`.
     """
+    entries = entries_of(quantization)
+    if not entries:
+        return FoundScales(table_of(entries, np.zeros(0, np.float32), quantization))
+    device = resources.torch_device()
+    room = room_for_kept(resources.host_memory, num_threads=resources.num_threads, device=device)
     file, keep = staging / KEPT if staging is not None else None, KeptBytes(room)
     found = file.read_bytes() if file is not None and file.is_file() else b""
     found = group.broadcast("kept scales", found if group.rank == 0 else None)
     if found:
         return FoundScales(ScaleTable.decode(found), keep)
-    entries = entries_of(quantization)
     with closing(SourceFiles(index)) as sources:
         reader = ViewReader(sources, index.shapes(), quantization.logical.catalog.updates)
         mine = share(entries, group.rank, group.world_size)

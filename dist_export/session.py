@@ -20,7 +20,7 @@ from dist_export.agreement import Agreement
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.convert.execute import Executor
 from dist_export.convert.journal import Done, read_fingerprint, remove_journals, write_fingerprint
-from dist_export.convert.measuring import KeepingSources, room_for_kept
+from dist_export.convert.measuring import KeepingSources
 from dist_export.convert.outputs import WritableFile
 from dist_export.convert.profile import Profile
 from dist_export.convert.remeasure import measure_done
@@ -334,14 +334,12 @@ class ExportSession:
         if quantization is None:
             return
         with self._phase("scales"):
-            device, options = self._resources().torch_device(), self.options
             self._scales = find_scales(
                 quantization,
                 self.checkpoint.index,
                 self.group,
                 items=items,
-                room=room_for_kept(options.host_memory, num_threads=options.num_threads, device=device),
-                device=device,
+                resources=self._resources(),
                 staging=self.staging.folder if self.staging is not None else None,
             )
         self.report.bytes_needed += self._scales.bytes_needed

@@ -269,6 +269,7 @@ def verify_logits(
         stores_one=kind == "trtllm",
         keeps_router=kind == "trtllm",
         qk_norm_epsilon=ENGINE_QK_NORM_EPSILON if _replaces_epsilon(config, kind) else None,
+        absorbs_keys=_absorbs_keys(config, kind),
     )
     approximated = replace(config, activation="gelu_tanh") if _approximates_gelu(config, kind) else config
     del reference
@@ -335,7 +336,12 @@ ENGINE_QK_NORM_EPSILON = 1e-5
 
 
 def _replaces_epsilon(config: ModelConfig, kind: str) -> bool:
-    return config.qk_norm and kind == "trtllm" and config.norm_epsilon != ENGINE_QK_NORM_EPSILON
+    own = kind == "trtllm" and not config.kv_lora_rank  # norms of latents have the model's
+    return config.qk_norm and own and config.norm_epsilon != ENGINE_QK_NORM_EPSILON
+
+
+def _absorbs_keys(config: ModelConfig, kind: str) -> bool:
+    return kind == "trtllm" and config.kv_lora_rank > 0
 
 
 def _roundings(checkpoint: Checkpoint, config: ModelConfig, kind: str, dtype: str) -> list[str]:
@@ -350,4 +356,6 @@ def _roundings(checkpoint: Checkpoint, config: ModelConfig, kind: str, dtype: st
         notes.append("the model has exact gelu, TensorRT-LLM computes its tanh form")
     if _replaces_epsilon(config, kind):
         notes.append(f"TensorRT-LLM norms queries and keys with epsilon {ENGINE_QK_NORM_EPSILON:g}")
+    if _absorbs_keys(config, kind):
+        notes.append(f"queries of the second half, as of generated tokens, come of products rounded to {dtype}")
     return notes

@@ -23,6 +23,7 @@ from dist_export.models.config import ModelConfig
 from dist_export.verify import megatron_experts as experts
 from dist_export.verify import megatron_layers as variants
 from dist_export.verify import trace as at
+from dist_export.verify.megatron_absorption import absorb_keys
 from dist_export.verify.megatron_environment import ONE, Ranks, megatron_on_cpu
 from dist_export.verify.megatron_weights import ParameterSource, Read, Rounding, Weights, parameter_sources
 from dist_export.verify.records import read_box
@@ -55,6 +56,8 @@ def run_megatron(
         trace = Trace()
         _watch(model, trace, config)
         length = tokens.shape[1]
+        if rounding is not None and rounding.absorbs_keys:
+            absorb_keys(model, config, trace, dtype=rounding.dtype, num_prompt=at.prompt_length(length))
         mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
         with torch.no_grad():
             logits = model(tokens, torch.arange(length).expand(tokens.shape), mask)

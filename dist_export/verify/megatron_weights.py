@@ -38,6 +38,8 @@ class Rounding(Struct, frozen=True):
     """Routers are exported in float32."""
     qk_norm_epsilon: float | None = None
     """Of the consumer's norms of queries and keys, where it is its own."""
+    absorbs_keys: bool = False
+    """Products of queries' and keys' projections of latent attention are stored, for generated tokens."""
 
 
 Read = Callable[[str, Box], torch.Tensor]

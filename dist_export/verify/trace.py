@@ -12,6 +12,8 @@ EMBEDDING = "embedding"
 ATTENTION_NORM = "attention norm"
 QUERY, KEY, VALUE = "query", "key", "value"
 """[batch, position, head, head size]; query and key after the rotary embedding."""
+GENERATION_QUERY = "query of generation"
+"""Of latent attention, with the keys' projection taken in: [batch, position, head, latent and rotated size]."""
 CONTEXT = "attention context"
 """What goes into the attention's output projection."""
 ATTENTION_OUTPUT = "attention output"
@@ -25,6 +27,11 @@ ROUTER = "router"
 MLP_OUTPUT = "MLP output"
 LAYER_OUTPUT = "output"
 FINAL_NORM = "final norm"
+
+
+def prompt_length(num_positions: int) -> int:
+    """How many of the positions of a run are a prompt, for attention that computes generated tokens another way."""
+    return (num_positions + 1) // 2
 
 
 class Point(Struct, frozen=True):

@@ -16,6 +16,9 @@ ROUTER = "mlp.router.weight"
 SHARED_EXPERT_IN_MLP = "mlp.shared_expert.fc.weight"
 """Where 0.16 and later have it; before, it was beside the MLP. No field says which."""
 
+DEVICE_LIMITED = 3
+"""The normalization mode that picks among the experts of the best groups."""
+
 
 class Experts(Struct, frozen=True):
     """The experts of every layer."""
@@ -33,6 +36,13 @@ class Experts(Struct, frozen=True):
     moe_tp_size: int
     moe_ep_size: int
     mode: object
+    shared_gate: bool = True
+    """What the shared expert adds is weighted."""
+    num_groups: int = 1
+    top_groups: int = 1
+    """Of so many groups of neighbouring experts a token goes to those of so many groups with the best expert."""
+    scaling: float = 1.0
+    """Of the weights."""
 
     @staticmethod
     def of(raw: Mapping[str, Any], *, is_qwen: bool) -> Experts | None:
@@ -40,20 +50,25 @@ class Experts(Struct, frozen=True):
         moe, mapping = raw.get("moe") or {}, raw["mapping"]
         if moe.get("num_experts", 0) <= 1:
             return None
-        tp, ep = int(mapping.get("tp_size", 1)), int(mapping.get("moe_ep_size", -1))
-        moe_tp = int(mapping.get("moe_tp_size", -1))
-        both = moe_tp == -1  # the rule until 1.0; from then on only if both are
-        return Experts(
+        return Experts.placed(
+            mapping,
             num_experts=int(moe["num_experts"]),
             top_k=int(moe["top_k"]),
             renormalize=moe.get("normalization_mode") == 1,
             hidden_size=int(raw["hidden_size"]),
             ffn_size=int(raw["moe_intermediate_size"] if is_qwen else raw["intermediate_size"]),
             shared_ffn_size=_shared_size(raw),
-            tp_size=tp,
-            moe_tp_size=tp if both else moe_tp,
-            moe_ep_size=1 if both else ep,
             mode=moe.get("normalization_mode"),
+        )
+
+    @staticmethod
+    def placed(mapping: Mapping[str, Any], **fields: Any) -> Experts:
+        """Experts of these fields, on the ranks of a mapping."""
+        tp, ep = int(mapping.get("tp_size", 1)), int(mapping.get("moe_ep_size", -1))
+        moe_tp = int(mapping.get("moe_tp_size", -1))
+        both = moe_tp == -1  # the rule until 1.0; from then on only if both are
+        return Experts(
+            **fields, tp_size=tp, moe_tp_size=tp if both else moe_tp, moe_ep_size=1 if both else ep
         )
 
     @property
@@ -67,7 +82,9 @@ class Experts(Struct, frozen=True):
 
     def conditions(self) -> Iterator[tuple[bool, str]]:
         """What must hold for the experts to be interpreted, and what to say where it does not."""
-        yield self.mode in (0, 1), f"moe.normalization_mode {self.mode}"
+        limited = not self.shared_gate  # of DeepSeek-V2's class alone
+        yield self.mode in ((0, 1, DEVICE_LIMITED) if limited else (0, 1)), f"moe.normalization_mode {self.mode}"
+        yield self.num_experts % self.num_groups == 0, "num_experts that do not divide by their groups"
         yield self.moe_tp_size * self.moe_ep_size == self.tp_size, "moe_tp_size x moe_ep_size that is not tp_size"
         yield self.num_experts % self.moe_ep_size == 0, "num_experts that do not divide by moe_ep_size"
         yield self.ffn_size % self.moe_tp_size == 0, "an expert's size that does not divide by moe_tp_size"
@@ -84,7 +101,8 @@ class Experts(Struct, frozen=True):
             before, shared = "mlp." if shared_in_mlp else "", self.shared_ffn_size // self.tp_size
             shapes[before + "shared_expert.fc.weight"] = (2 * shared, hidden)
             shapes[before + "shared_expert.proj.weight"] = (hidden, shared)
-            shapes[before + "shared_expert_gate.weight"] = (1, hidden)
+            if self.shared_gate:
+                shapes[before + "shared_expert_gate.weight"] = (1, hidden)
         return shapes
 
 

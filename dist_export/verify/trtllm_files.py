@@ -41,6 +41,11 @@ class RankFile(Struct, frozen=True):
         """Whether the shared expert is where 0.16 and later have it."""
         return any(name.endswith(SHARED_EXPERT_IN_MLP) for name in set(self.handle.keys()))
 
+    @property
+    def experts_in_moe(self) -> bool:
+        """Whether routed experts are a module beside the shared ones, as of DeepSeek-V2 in 0.15."""
+        return any(".mlp.moe." in name for name in set(self.handle.keys()))
+
     def faults(self, expected: Mapping[str, Shape], dtype: str) -> Iterator[str]:
         """What the engine's loader would refuse or warn about."""
         names = set(self.handle.keys()) - ROTARY_TABLES
@@ -50,7 +55,7 @@ class RankFile(Struct, frozen=True):
         for name in sorted(expected.keys() & names):
             part = self.handle.get_slice(name)
             found = (tuple(part.get_shape()), part.get_dtype())
-            kind = "F32" if name.endswith(ROUTER) else SAFETENSORS_DTYPES[dtype]
+            kind = "F32" if name.endswith(ROUTER.removeprefix("mlp")) else SAFETENSORS_DTYPES[dtype]
             if found != (expected[name], kind):
                 wanted = f"{kind} {list(expected[name])}"
                 yield f"{file}: {name} is {found[1]} {list(found[0])}, expected {wanted}"

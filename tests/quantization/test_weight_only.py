@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from support.exports import config_of, tensors_of
+from support.exports import config_of, export, tensors_of
 from support.quantizable import export_quantized, llama, same
 from support.quantizer_states import properties
 
@@ -23,6 +24,12 @@ def test_plain_weights_and_the_algorithm(algorithm: str, name: str, tmp_path: Pa
     expected, found = (tensors_of(folder / "rank0.safetensors") for folder in (plain, output))
     assert found.keys() == expected.keys() and all(same(found[each], expected[each]) for each in found)
     assert config_of(output)["quantization"] == {"quant_algo": name, "kv_cache_quant_algo": None}
+
+
+def test_nothing_is_looked_for_and_no_torch_imported(tmp_path: Path) -> None:
+    output = export(llama().write(tmp_path / "c"), tmp_path / "o", "--quantization", "int8_wo", "--num-processes", 1)
+    (process,) = json.loads((output / "export_manifest.json").read_text())["run"]["processes"]
+    assert process["peak_memory"] - process["memory_at_start"] < 100 << 20  # torch alone takes twice as much
 
 
 def test_the_kv_cache_keeps_its_scales(tmp_path: Path) -> None:
