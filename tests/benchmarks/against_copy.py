@@ -19,48 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LLAMA = {"style": "llama", "tp": 2, "heads": 32, "kv-groups": 8, "vocab": 32000, "seq": 2048, "seed": 1}
-MODELS = {
-    "2gb": ("llama_2gb", {**LLAMA, "hidden": 2048, "layers": 16, "ffn": 7168}),
-    "8gb": ("llama_8gb", {**LLAMA, "hidden": 4096, "layers": 20, "ffn": 11008}),
-    "moe": (
-        "mixtral_2gb",
-        {**LLAMA, "style": "mixtral", "hidden": 1024, "layers": 16, "heads": 16, "kv-groups": 4, "ffn": 2048}
-        | {"experts": 64, "top-k": 2, "moe-ffn": 256, "tp": 1, "ep": 2},
-    ),
-}
-"""Name on the command line -> folder in the cache, options of launch/make_checkpoint.py."""
-BYTECODE = Path(tempfile.gettempdir()) / f"dist_export_benchmarks_{os.getuid()}"
-START = "import dist_export.launcher, dist_export.api"
-
-
-def make_checkpoint(cache: Path, model: str = "2gb") -> Path:
-    """The checkpoint folder, made on first use."""
-    name, settings = MODELS[model]
-    folder = cache / name
-    if not (folder / "latest_checkpointed_iteration.txt").exists():
-        arguments = [part for option, value in settings.items() for part in (f"--{option}", str(value))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        script = REPOSITORY / "launch" / "make_checkpoint.py"
-        subprocess.run([sys.executable, str(script), str(folder), *arguments], check=True, env=environment)
-    return folder
-
-
-def timed(command: list[str]) -> float:
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
-    begun = time.monotonic()
-    subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL, env=environment)
-    return time.monotonic() - begun
+from shared_runs import MODELS, START, clear, command_line, make_checkpoint, timed
 
 
 def copy(files: list[Path], target: Path, num_processes: int) -> float:
@@ -72,15 +38,6 @@ def copy(files: list[Path], target: Path, num_processes: int) -> float:
     assert all(process.wait() == 0 for process in running)
     subprocess.run(["sync", *(str(target / file.name) for file in files)], check=True)
     return time.monotonic() - begun
-
-
-def clear(path: Path, *, cold: Sequence[Path]) -> None:
-    """Remove what a run wrote, and the files `cold` from the page cache; Python's own files stay there."""
-    shutil.rmtree(path, ignore_errors=True)
-    os.sync()
-    for file in cold:
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def compare(checkpoint: Path, work: Path, tp: int, options: argparse.Namespace) -> dict[str, object]:
@@ -113,15 +70,11 @@ def compare(checkpoint: Path, work: Path, tp: int, options: argparse.Namespace) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
-    parser.add_argument("--cache", type=Path, default=default_cache)
+    parser = command_line(__doc__, runs=5)
     parser.add_argument("--model", choices=MODELS, default="2gb")
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the page cache before every run")
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(options.cache, options.model)
     timed([sys.executable, "-c", START])
     with tempfile.TemporaryDirectory(dir=options.cache) as work:

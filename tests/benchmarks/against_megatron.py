@@ -17,7 +17,6 @@ the memory of the run before may have pushed it, and end with the files on disk 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from against_copy import START, make_checkpoint, timed
+from shared_runs import START, command_line, make_checkpoint, timed
 
 MEGATRON = """
 import logging, os, resource, sys, time, types, warnings
@@ -126,14 +125,10 @@ def run_export(checkpoint: Path, target: Path, tp: int) -> tuple[float, float, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
-    parser.add_argument("--cache", type=Path, default=default_cache)
-    parser.add_argument("--runs", type=int, default=3)
+    parser = command_line(__doc__, runs=3)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--model", choices=SIZES, default="2gb")
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(options.cache, options.model)
     (source,) = checkpoint.glob("iter_*")
     found: dict[str, list[tuple[float, float, int]]] = {"export": [], "megatron": [], "dcp": []}

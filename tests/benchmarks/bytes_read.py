@@ -9,15 +9,13 @@ went through read calls (`rchar`), Python's own and the metadata's included.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from against_copy import MODELS, clear, make_checkpoint, timed
+from shared_runs import MODELS, clear, command_line, make_checkpoint, timed
 
 TRTLLM, BOTH = ("--target", "trtllm"), ("--target", "trtllm", "--target", "hf")
 EXPORTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -43,12 +41,9 @@ def run_export(checkpoint: Path, target: Path, num_processes: int, options: Sequ
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
-    parser.add_argument("--cache", type=Path, default=default_cache)
+    parser = command_line(__doc__, runs=None)
     parser.add_argument("--model", choices=MODELS, default="2gb")
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(options.cache, options.model)
     print("| export | processes | needed GB | from disk GB | from disk / needed | by calls / needed | written GB |")
     print("|---|---|---|---|---|---|---|")

@@ -11,7 +11,6 @@ given to reading both with `cat`.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from against_copy import MODELS, clear, make_checkpoint, timed
+from shared_runs import MODELS, clear, command_line, make_checkpoint, timed
 
 PLAIN, VERIFY, CAT = "plain, tp 2", "verify of the plain export", "cat of checkpoint and export"
 EXPORTS: dict[str, tuple[str, ...]] = {
@@ -59,14 +58,10 @@ def measure(checkpoint: Path, work: Path, options: argparse.Namespace) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
-    parser.add_argument("--cache", type=Path, default=default_cache)
+    parser = command_line(__doc__, runs=3)
     parser.add_argument("--model", choices=MODELS, default="2gb")
-    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="auto", help="for the arithmetic: auto, cpu, cuda")
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(options.cache, options.model)
     with tempfile.TemporaryDirectory(dir=options.cache) as work:
         found = measure(checkpoint, Path(work), options)

@@ -12,16 +12,14 @@ with its files on disk. More processes than cores show how they share them, no m
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from against_copy import LLAMA, MODELS, START, clear, make_checkpoint, timed
+from shared_runs import LLAMA, MODELS, START, clear, command_line, make_checkpoint, timed
 
 SIZED = {**LLAMA, "hidden": 2048, "ffn": 7168}
 MODELS.update({f"{n}gb_deep": (f"llama_{n}gb_deep", {**SIZED, "layers": 8 * n}) for n in (1, 2, 4)})
@@ -62,13 +60,9 @@ def measure(rows: list[Row], find: Callable[[str], Path], work: Path, runs: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
-    parser.add_argument("--cache", type=Path, default=default_cache)
-    parser.add_argument("--runs", type=int, default=3)
+    parser = command_line(__doc__, runs=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     rows = rows_of(options.processes)
     checkpoints = {model: make_checkpoint(options.cache, model) for model in dict.fromkeys(row[1] for row in rows)}
     timed([sys.executable, "-c", START])

@@ -9,16 +9,14 @@ Modules are compiled and the checkpoint is in the page cache.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from against_copy import MODELS, clear, make_checkpoint, timed
+from shared_runs import MODELS, clear, command_line, make_checkpoint, timed
 
 
 def first_write(checkpoint: Path, work: Path) -> float:
@@ -52,13 +50,9 @@ def measure(checkpoint: Path, work: Path, runs: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dist_export_benchmarks"
-    parser.add_argument("--cache", type=Path, default=default_cache)
+    parser = command_line(__doc__, runs=9)
     parser.add_argument("--model", choices=MODELS, default="2gb")
-    parser.add_argument("--runs", type=int, default=9)
     options = parser.parse_args()
-    options.cache.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(options.cache, options.model)
     with tempfile.TemporaryDirectory(dir=options.cache) as work:
         first_write(checkpoint, Path(work))  # compiles modules
