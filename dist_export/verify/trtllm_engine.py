@@ -1,7 +1,7 @@
 """What a TensorRT-LLM engine would load: config.json as its model class reads it, and the rank files checked for it.
 
-Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,qwen,gemma,falcon} and mapping.py alone, without
-the rule tables and layouts of the exporter, so that a mistake there is not repeated here.
+Written from tensorrt_llm/models/modeling_utils.py, models/{gpt,llama,qwen,gemma,falcon,deepseek_v2} and mapping.py
+alone, without the rule tables and layouts of the exporter, so that a mistake there is not repeated here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from dist_export.errors import Faults
 from dist_export.verify import trtllm_blocks as blocks
+from dist_export.verify import trtllm_deepseek as deepseek
 from dist_export.verify.trtllm_experts import Experts
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ class EngineConfig(Struct, frozen=True):
         raw, mapping = self.raw, self.raw["mapping"]
         act, positions = raw.get("hidden_act", "gelu"), self.position_type
         known_classes = GPT_CLASS + LLAMA_CLASS + QWEN_CLASS + GEMMA_CLASS + FALCON_CLASS + blocks.DECI_CLASS
-        yield raw["architecture"] in known_classes, f"architecture {raw['architecture']}"
+        yield self.is_deepseek or raw["architecture"] in known_classes, f"architecture {raw['architecture']}"
+        if self.is_deepseek:
+            yield from deepseek.conditions(raw)
         if self.is_deci:
             yield from blocks.conditions(raw)
         yield mapping.get("cp_size", 1) == 1, "cp_size other than 1"
@@ -70,11 +73,11 @@ class EngineConfig(Struct, frozen=True):
             shared_anyway = key == "share_embedding_table" and self.is_gemma  # ignored there
             yield shared_anyway or not raw.get(key, False), f"{key} true"
         known = (*GATED, *PLAIN) if self.is_gpt else ("silu", *PLAIN) if experts is None else tuple(GATED)
-        yield act in known, f"hidden_act {act} of {raw['architecture']}"
+        yield self.is_deepseek or act in known, f"hidden_act {act} of {raw['architecture']}"
         kinds = ("learned_absolute", "rope_gpt_neox", "rope_gptj") if self.is_gpt else ("rope_gpt_neox",)
         yield positions in kinds, f"position_embedding_type {positions} of {raw['architecture']}"
-        scaling = self.rotary_scaling
-        yield scaling is None or scaling["type"] in ("linear", "llama3"), f"rotary_scaling {scaling}"
+        scaling, scalings = self.rotary_scaling, ("yarn",) if self.is_deepseek else ("linear", "llama3")
+        yield scaling is None or scaling["type"] in scalings, f"rotary_scaling {scaling}"
         yield raw["num_attention_heads"] % self.tp_size == 0, "num_attention_heads that do not divide by tp_size"
         yield raw["dtype"] in SAFETENSORS_DTYPES, f"dtype {raw['dtype']}"
 
@@ -86,8 +89,19 @@ class EngineConfig(Struct, frozen=True):
     def is_deci(self) -> bool:
         return self.raw["architecture"] in blocks.DECI_CLASS
 
+    @property
+    def is_deepseek(self) -> bool:
+        return self.raw["architecture"] in deepseek.DEEPSEEK_CLASS
+
+    @property
+    def latent(self) -> deepseek.Latent | None:
+        """None for attention whose keys and values are stored whole."""
+        return deepseek.Latent.of(self.raw, self.tp_size) if self.is_deepseek else None
+
     def of_layer(self, layer: int) -> EngineConfig:
         """The configuration of one layer; itself where layers do not differ."""
+        if self.is_deepseek:
+            return EngineConfig(deepseek.of_layer(self.raw, layer))
         return EngineConfig(blocks.of_layer(self.raw, layer)) if self.is_deci else self
 
     @property
@@ -97,7 +111,7 @@ class EngineConfig(Struct, frozen=True):
     @property
     def experts(self) -> Experts | None:
         """None for a dense model."""
-        return Experts.of(self.raw, is_qwen=self.is_qwen)
+        return deepseek.experts(self.raw) if self.is_deepseek else Experts.of(self.raw, is_qwen=self.is_qwen)
 
     @property
     def qk_norm(self) -> bool:
@@ -259,7 +273,7 @@ class EngineConfig(Struct, frozen=True):
 
     @property
     def parallel_embedding(self) -> bool:
-        return bool(self.raw.get("use_parallel_embedding", False))
+        return not self.is_deepseek and bool(self.raw.get("use_parallel_embedding", False))
 
     @property
     def embedding_dim(self) -> int:
@@ -306,9 +320,13 @@ class EngineConfig(Struct, frozen=True):
         if self.qk_norm:
             shapes |= dict.fromkeys(("attention.q_layernorm.weight", "attention.k_layernorm.weight"), (self.head_size,))
         linears = {"attention.qkv": (qkv, hidden), "attention.dense": (hidden, queries)}
+        if self.latent is not None:
+            linears, shapes = {}, shapes | self.latent.shapes()
         biased = {"attention.qkv": self.attention_bias, "attention.dense": self.dense_bias}
         experts = self.experts
-        if experts is not None:
+        if experts is not None and self.is_deepseek:
+            shapes |= deepseek.expert_shapes(experts, shared_in_mlp=shared_in_mlp)
+        elif experts is not None:
             shapes |= experts.shapes(shared_in_mlp=shared_in_mlp)
         else:
             linears |= {"mlp.fc": (ffn, hidden), "mlp.proj": (hidden, ffn)}

@@ -32,10 +32,10 @@ def _inner(prefix: str, file: RankFile) -> str:
 def _limited(experts: Experts, scores: torch.Tensor) -> torch.Tensor:
     """Scores of the experts outside the best groups are zero (``group_limited_greedy``)."""
     if experts.top_groups < experts.num_groups:
-        groups = scores.unflatten(-1, (experts.num_groups, -1))
+        groups = scores.reshape(*scores.shape[:-1], experts.num_groups, -1)
         best = groups.amax(-1)
         kept = torch.zeros_like(best).scatter(-1, best.topk(experts.top_groups, -1).indices, 1)
-        scores = (groups * kept[..., None]).flatten(-2)
+        scores = (groups * kept[..., None]).reshape(scores.shape)
     return scores * experts.scaling
 
 
@@ -59,9 +59,7 @@ def _fused_mlp(x: torch.Tensor, fc: torch.Tensor, proj: torch.Tensor, act: Activ
     return functional.linear(linear * act(activated), proj)
 
 
-def _shared_output(
-    experts: Experts, file: RankFile, prefix: str, x: torch.Tensor, act: Activation
-) -> torch.Tensor:
+def _shared_output(experts: Experts, file: RankFile, prefix: str, x: torch.Tensor, act: Activation) -> torch.Tensor:
     if file.experts_in_moe:  # a gated MLP of its own, whose ``fc`` is the activated half
         names = (f"{prefix}mlp.shared_experts.{name}.weight" for name in ("fc", "gate", "proj"))
         activated, linear, proj = (file.load(name).to(x.dtype) for name in names)

@@ -67,9 +67,7 @@ class Experts(Struct, frozen=True):
         tp, ep = int(mapping.get("tp_size", 1)), int(mapping.get("moe_ep_size", -1))
         moe_tp = int(mapping.get("moe_tp_size", -1))
         both = moe_tp == -1  # the rule until 1.0; from then on only if both are
-        return Experts(
-            **fields, tp_size=tp, moe_tp_size=tp if both else moe_tp, moe_ep_size=1 if both else ep
-        )
+        return Experts(**fields, tp_size=tp, moe_tp_size=tp if both else moe_tp, moe_ep_size=1 if both else ep)
 
     @property
     def num_local(self) -> int:

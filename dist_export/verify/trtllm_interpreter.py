@@ -1,6 +1,6 @@
 """A reference interpreter of TensorRT-LLM checkpoints in plain torch: what the engine would compute, without TensorRT.
 
-It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,qwen,gemma,falcon},
+It follows the engine's model classes (model.py of tensorrt_llm/models/{gpt,llama,qwen,gemma,falcon,deepseek_v2},
 layers/attention.py, mlp.py, embedding.py, linear.py). config.json alone tells it what to do. Each tensor-parallel
 rank's share is computed from that rank's file only and combined as the engine's all-reduce and all-gather would;
 pipeline stages run one after the other with their own layer numbers. Only one layer's weights are in memory at a
@@ -11,6 +11,7 @@ Importing this module imports torch.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch.nn import functional
 
 from dist_export.verify import trace as at
 from dist_export.verify import trtllm_expert_layer as expert_layer
+from dist_export.verify import trtllm_latent as latent_attention
 from dist_export.verify.trace import Point, Trace, Unrecorded
 from dist_export.verify.trtllm_blocks import kinds
+from dist_export.verify.trtllm_deepseek import Latent
 from dist_export.verify.trtllm_engine import QK_NORM_EPSILON, EngineConfig
 from dist_export.verify.trtllm_experts import Experts
 from dist_export.verify.trtllm_files import RankFile, open_ranks
@@ -50,12 +53,13 @@ ACTIVATIONS: dict[str, Activation] = {
 def run_trtllm(folder: Path, tokens: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> Trace:
     """Run token ids [batch, position] through the TensorRT-LLM checkpoint in `folder`, computing in `dtype`.
 
-    The logits cover `vocab_size`. Raises `ExportError` when config.json asks for something that is not interpreted
+    The logits cover `vocab_size`. Where generated tokens are computed in another way than a prompt's, so are the second
+    half of them. Raises `ExportError` when config.json asks for something that is not interpreted
     and when a rank file lacks a tensor, has one too many or one of another shape or dtype than the engine would load.
     """
     config, ranks = open_ranks(folder)
     with torch.inference_mode():
-        return _Run(config, ranks, dtype).run(tokens)
+        return _Run(config, ranks, dtype, num_prompt=at.prompt_length(tokens.shape[1])).run(tokens)
 
 
 class TrtllmModel(Struct, frozen=True):
@@ -70,8 +74,8 @@ class TrtllmModel(Struct, frozen=True):
         return cls(*open_ranks(folder, decoded=True))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[batch, position, vocabulary] in float32 of token ids [batch, position]."""
-        run = _Run(self.config, self.ranks, torch.float32)
+        """[batch, position, vocabulary] in float32 of token ids [batch, position], all of them as of a prompt."""
+        run = _Run(self.config, self.ranks, torch.float32, num_prompt=tokens.shape[1])
         run.trace = Unrecorded()
         with torch.inference_mode():
             logits = run.run(tokens).logits
@@ -90,8 +94,8 @@ class _Stage(Struct, frozen=True):
 
 
 class _Run:
-    def __init__(self, config: EngineConfig, ranks: Sequence[RankFile], dtype: torch.dtype) -> None:
-        self.config, self.dtype, self.trace = config, dtype, Trace()
+    def __init__(self, config: EngineConfig, ranks: Sequence[RankFile], dtype: torch.dtype, *, num_prompt: int) -> None:
+        self.config, self.dtype, self.trace, self.num_prompt = config, dtype, Trace(), num_prompt
         size = config.tp_size
         self.stages = [
             _Stage(ranks[stage * size : (stage + 1) * size], layers)
@@ -218,6 +222,8 @@ class _Layer:
         return x
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
+        if self.config.latent is not None:
+            return self._latent_attention(self.config.latent, x)
         bias = self.config.attention_bias
         qkv = [self.parent.linear(file, self.prefix + "attention.qkv", x, bias=bias) for file in self.files]
         parts = [self._heads(file, product) for file, product in zip(self.files, qkv, strict=True)]
@@ -230,6 +236,25 @@ class _Layer:
         out = self._returned("post_layernorm", out)
         self._record(at.ATTENTION_OUTPUT, out, "attention.dense")
         return out
+
+    def _latent_attention(self, latent: Latent, x: torch.Tensor) -> torch.Tensor:
+        assert self.rotary is not None, "latent attention without rotary embedding"
+        prefix = f"{self.prefix}attention."
+        parts = []
+        for file in self.files:
+            load = functools.partial(self._load, file, prefix)
+            parts.append(latent_attention.heads_of(latent, load, self.rotary.rotate, x))
+        for name, source in latent_attention.SOURCES.items():
+            states = torch.cat([latent_attention.state(latent, part, name) for part in parts], 2)
+            self._record(name, states, source)
+        contexts = [latent_attention.attend(latent, part, self.parent.num_prompt) for part in parts]
+        self._record(at.CONTEXT, torch.cat(contexts, -1), "attention.kv_b_proj (value rows)")
+        out = self.parent.row_linear(self.files, prefix + "dense", contexts, False)
+        self._record(at.ATTENTION_OUTPUT, out, "attention.dense")
+        return out
+
+    def _load(self, file: RankFile, prefix: str, name: str) -> torch.Tensor:
+        return self.parent.load(file, prefix + name)
 
     def _heads(self, file: RankFile, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One rank's fused product -> its query, key and value heads [batch, position, head, head size], rotated."""
@@ -278,7 +303,6 @@ class _Layer:
         self._record(at.MLP_OUTPUT, out, "mlp.proj")
         return out
 
-
     def _experts(self, experts: Experts, x: torch.Tensor) -> torch.Tensor:
         weights = expert_layer.router_weights(experts, self.files[0], self.prefix, x)
         self._record(at.ROUTER, weights, "mlp.router")
@@ -304,6 +328,8 @@ class Rotary(Struct, frozen=True):
         """The angles at `positions`; None when the model has no rotary embedding."""
         if config.learned_positions:
             return None
+        if config.latent is not None:
+            return Rotary(*latent_attention.angles(config.latent, positions), interleaved=True)
         size = config.rotary_size
         frequencies = 1.0 / config.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
         angles = torch.outer(positions.float(), _scaled(frequencies, config.rotary_scaling))
