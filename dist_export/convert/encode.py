@@ -47,6 +47,24 @@ Place = tuple[int, int, int, int]
 """First row, row end, first column, column end in the weight, taken as a matrix ``[rows, columns]``."""
 
 
+class _Spread(Struct, frozen=True):
+    """Scales of a block, on the host: they spread over it on the device, where that costs nothing."""
+
+    values: npt.NDArray[np.float32]
+    """``[rows or 1, columns or 1]``, or ``[rows, blocks]``."""
+    size: int = 1
+    """Columns per scale where there are several, of which the block begins within the first."""
+    skipped: int = 0
+    """Columns of the first that lie before the block."""
+
+    def on(self, lanes: Lanes, num_columns: int) -> torch.Tensor:
+        """On the device: ``[rows or 1, columns or 1]``."""
+        values = lanes.constant(self.values)
+        if self.size == 1:
+            return values
+        return values.repeat_interleave(self.size, -1)[:, self.skipped : self.skipped + num_columns]
+
+
 class Encoder(Struct, frozen=True):
     """Carries out recipes. Any thread may use it."""
 
@@ -81,7 +99,7 @@ class Encoder(Struct, frozen=True):
             values, extremes = weights.float(), _extremes(weights)
             if inverse is not None:
                 values = (values * self.lanes.constant(inverse)).to(weights.dtype).float()
-            spread = self.lanes.constant(scales)
+            spread = scales.on(self.lanes, weights.shape[1])
             if recipe.codes is Codes.WEIGHTS:
                 return (values * spread).to(getattr(torch, planned.dtype.name)), extremes
             measured = _measured(recipe.codes, values, spread, rows) if rows else None
@@ -156,8 +174,7 @@ class Encoder(Struct, frozen=True):
             values = self._folded(planned, recipe)
         return np.ascontiguousarray(from_float32(values, planned.dtype)).reshape(-1).view(np.uint8)
 
-    def _scales(self, recipe: Encoded, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
-        """Scales that spread over a block: ``[rows or 1, columns or 1]`` float32."""
+    def _scales(self, recipe: Encoded, planned: PlannedTensor, place: Place) -> _Spread:
         top, bottom = place[:2]
         if isinstance(recipe.scales, TableScales):
             groups, divisor = recipe.scales.groups, recipe.scales.divisor
@@ -168,9 +185,9 @@ class Encoder(Struct, frozen=True):
                 first, end = top // num_rows, -(-bottom // num_rows)
                 each = [self.table.weight_scale(group, divisor) for group in groups[first:end]]
                 values = np.array([[each[row // num_rows - first]] for row in range(top, bottom)], np.float32)
-            return values
+            return _Spread(values)
         if isinstance(recipe.scales, Factors):
-            return self._factors(recipe.scales)[None, place[2] : place[3]]
+            return _Spread(self._factors(recipe.scales)[None, place[2] : place[3]])
         return self._stored(recipe.scales, planned, place)
 
     def _inverse(self, smoothing: Smoothing, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
@@ -192,17 +209,13 @@ class Encoder(Struct, frozen=True):
         values: npt.NDArray[np.float32] = self.reader.values(factors.view, factors.dtype).reshape(-1)
         return values
 
-    def _stored(self, scales: StoredScales, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
+    def _stored(self, scales: StoredScales, planned: PlannedTensor, place: Place) -> _Spread:
         top, bottom, left, right = place
         blocks = scales.view.shape[-1]
         size = planned.view.shape[-1] // blocks  # columns per block
         narrow = scales.view.narrow(len(scales.view.shape) - 1, left // size, -(-right // size) - left // size)
         values = _divided(self.reader.values(narrow, scales.dtype, (top, bottom)), scales.divisor, planned.name)
-        if blocks == 1:
-            return values
-        spread: npt.NDArray[np.float32] = np.repeat(values, size, axis=1)
-        skipped = left - left // size * size
-        return np.ascontiguousarray(spread[:, skipped : skipped + right - left])
+        return _Spread(values) if blocks == 1 else _Spread(values, size, left % size)
 
     def _folded(self, planned: PlannedTensor, recipe: Folded) -> npt.NDArray[np.float32]:
         dtype = planned.source_dtype

@@ -33,6 +33,7 @@ BLOCKS_IN_FLIGHT = 2
 DEVICE_MEMORY = 2 << 30
 """Bytes of a GPU that are used unless more or less is asked for."""
 _ALIGNMENT = 64  # bytes between results in a buffer
+_AT_ONCE = 64 << 10  # bytes that CUDA takes out of ordinary memory without waiting for the stream
 
 
 class Lanes(Protocol):
@@ -108,17 +109,27 @@ class CudaLanes:
 
     def __init__(self, device: str, *, num_bytes: int) -> None:
         self._device, self._num_bytes = torch.device(device), num_bytes
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0), self._device)
-        self._there, self._work, self._back = (
-            torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            for _ in range(3)
-        )
+        try:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0), self._device)
+            self._there, self._work, self._back = (
+                torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                for _ in range(3)
+            )
+        except RuntimeError as error:  # CUDA's own: the memory is full, or another process has the GPU to itself
+            cause = str(error).partition("\n")[0]
+            raise ExportError(
+                f"{device}: CUDA does not start there ({cause}); see in nvidia-smi whether it is "
+                "free and its compute mode allows several processes, or use --device cpu"
+            ) from error
         self._rings = threading.local()
 
     def constant(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """As `Lanes`: a copy in the order of the current stream, which is that of the work."""
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)
+        host = torch.from_numpy(np.ascontiguousarray(values))
+        if host.nbytes > _AT_ONCE:  # torch keeps pinned memory from being used again before it is copied
+            host = _pinned(host.nbytes).view(host.dtype).reshape(host.shape).copy_(host)
+        return host.to(self._device, non_blocking=True)
 
     def send(self, block: npt.NDArray[Any], dtype: DType, work: Work, finish: Finish) -> Pending:
         """As `Lanes`. Raises `ExportError` where the device has too little memory."""

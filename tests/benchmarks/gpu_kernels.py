@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dist_export.convert.encode import _ENCODERS
 from dist_export.convert.execute import DEVICE_TILE_BYTES
@@ -84,14 +88,17 @@ def overlap(device: str, num_bytes: int, runs: int) -> None:
     blocks = [block] * max(num_bytes // DEVICE_TILE_BYTES, 8)
     total = sum(each.nbytes for each in blocks)
     pinned, there = torch.empty(total, dtype=torch.uint8, pin_memory=True), torch.empty(total, dtype=torch.uint8)
-    there = there.to(device)
+    there, named = there.to(device), works(device)
     limit = total / seconds_on_device(lambda: there.copy_(pinned, non_blocking=True), runs)
     lanes = CudaLanes(device, num_bytes=4 << 30)
-    print(f"\n| host to host | overlapped GB/s | one by one GB/s | of the copy there ({limit / 1e9:.1f} GB/s) |")
-    print("|---|---|---|---|")
-    for name, work in works(device).items():
+    last = f"of the copy there ({limit / 1e9:.1f} GB/s)"
+    print(f"\n| host to host | overlapped GB/s | one by one GB/s | overlapped / one by one | {last} |")
+    print("|---|---|---|---|---|")
+    for name, work in named.items():
         each = {n: statistics.median(through(lanes, blocks, work, n) for _ in range(max(runs // 4, 3))) for n in (2, 0)}
-        print(f"| {name} | {total / each[2] / 1e9:.1f} | {total / each[0] / 1e9:.1f} | {total / each[2] / limit:.2f} |")
+        with_overlap, without = (total / each[n] / 1e9 for n in (2, 0))
+        ratios = f"{with_overlap / without:.2f} | {1e9 * with_overlap / limit:.2f}"
+        print(f"| {name} | {with_overlap:.1f} | {without:.1f} | {ratios} |")
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ def raw(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
     return tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.parametrize("scheme", ["int4_awq"])
+@pytest.mark.parametrize("scheme", ["int4_awq", "fp8"])
 def test_what_is_left_after_a_kill_is_gone_on_with(
     scheme: str, quantized_checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -146,7 +146,7 @@ def test_what_is_left_after_a_kill_is_gone_on_with(
     killed = run(checkpoint, tmp_path / "out", *options, **fault)
     assert killed.code == 3 and "rank 0 was killed" in killed.err, killed.err
     staging = tmp_path / ".out.dist_export"
-    assert (staging / "scales.json").is_file()
+    assert (staging / "scales.json").is_file() == (scheme == "fp8")  # scales of blocks are stored beside their weights
     ended = run(checkpoint, tmp_path / "out", *options, "--resume", num_processes=3)
     assert ended.code == 0, ended.err
     check_ranks(tmp_path / "out", EXPECTED[scheme]["layouts"]["tp2pp1"])

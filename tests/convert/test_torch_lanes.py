@@ -4,9 +4,11 @@ on the CPU, and notes the order of what it is asked for; tests/gpu has the real 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +16,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dist_export.convert import torch_lanes  # noqa: E402
-from dist_export.convert.torch_lanes import BLOCKS_IN_FLIGHT, CudaLanes, HostLanes  # noqa: E402
+from support.quantized import SCHEMES, export_here  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from dist_export.convert import choice, torch_lanes  # noqa: E402
+from dist_export.convert.torch_lanes import BLOCKS_IN_FLIGHT, CudaLanes, HostLanes, Lanes, Work, as_torch  # noqa: E402
 from dist_export.errors import ExportError  # noqa: E402
-from dist_export.tensors.dtypes import BFLOAT16, FLOAT32  # noqa: E402
+from dist_export.quantization import QuantizationOptions  # noqa: E402
+from dist_export.targets.huggingface.target import HuggingFaceOptions  # noqa: E402
+from dist_export.targets.trtllm.target import TrtllmOptions  # noqa: E402
+from dist_export.tensors.dtypes import BFLOAT16, FLOAT32, DType  # noqa: E402
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -148,3 +156,111 @@ def test_blocks_with_gaps_and_halves(asked: list[str]) -> None:
 
     with lanes.send(part, BFLOAT16, negate, lambda results: results[0]) as data:
         assert data.tobytes() == (part ^ np.uint16(0x8000)).tobytes()
+
+
+def test_large_constants_go_through_pinned_memory(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of ordinary memory CUDA would wait for the work before them."""
+    pinned: list[int] = []
+    monkeypatch.setattr(
+        torch_lanes, "_pinned", lambda size: pinned.append(size) or torch.empty(size, dtype=torch.uint8)
+    )
+    lanes = CudaLanes("cpu", num_bytes=1 << 29)
+    few, many = np.arange(8, dtype=np.float32)[None], np.arange(1 << 15, dtype=np.float32).reshape(2, -1)
+    for values in (few, many):
+        assert torch.equal(lanes.constant(values), torch.from_numpy(values))
+    assert pinned == [many.nbytes]
+
+
+def test_a_gpu_that_does_not_start_says_what_to_do(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for more")
+
+    monkeypatch.setattr(torch.cuda, "Stream", busy)
+    with pytest.raises(ExportError, match=r"cpu: CUDA does not start there .*unavailable\); see in nvidia-smi"):
+        CudaLanes("cpu", num_bytes=1024)
+
+
+Case = tuple[Callable[[pytest.FixtureRequest], Path], TrtllmOptions | HuggingFaceOptions, QuantizationOptions]
+
+
+def calibrated(scheme: str) -> Callable[[pytest.FixtureRequest], Path]:
+    return lambda request: request.getfixturevalue("quantized_checkpoints")[scheme]
+
+
+def plain(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue("long_checkpoint")
+    return folder
+
+
+CASES: dict[str, Case] = {
+    **{f"{each} trtllm": (calibrated(each), TrtllmOptions(), QuantizationOptions()) for each in SCHEMES},
+    **{f"{each} hf": (calibrated(each), HuggingFaceOptions(), QuantizationOptions()) for each in SCHEMES},
+    **{
+        each: (plain, TrtllmOptions(), QuantizationOptions(algorithm=each))
+        for each in ("fp8_per_channel", "int8_wo", "int4_wo")
+    },
+    **{each: (plain, TrtllmOptions(dtype=each), QuantizationOptions()) for each in ("bfloat16", "float16")},
+}
+
+
+@pytest.fixture(params=CASES)
+def exported(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Lanes], dict[str, bytes]]:
+    """Exports a case through the lanes it is given, with torch however small it is; its tensor files."""
+    find, target, quantization = CASES[request.param]
+    checkpoint = find(request)
+    monkeypatch.setattr(choice, "MOST_BYTES", -1)
+
+    def run(lanes: Lanes, **options: Any) -> dict[str, bytes]:
+        monkeypatch.setattr(torch_lanes, "lanes_on", lambda device, *, device_memory: lanes)
+        output = tmp_path / type(lanes).__name__
+        export_here(checkpoint, output, target, quantization=quantization, device="cpu", **options)
+        return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+
+    return run
+
+
+def test_an_export_through_the_lanes_is_that_of_the_host(
+    exported: Callable[..., dict[str, bytes]], asked: list[str]
+) -> None:
+    on_host, in_flight = exported(HostLanes()), exported(CudaLanes("cpu", num_bytes=1 << 29), device_memory=64 << 20)
+    assert on_host == in_flight != {}
+    assert "host waits for back" in asked
+
+
+class OfAGpu(TorchDispatchMode):
+    """Refuses what a GPU would round in another way, or would wait for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("mm", "bmm", "addmm", "_local_scalar_dense", "nonzero"), name
+        if name in ("div", "div_"):  # by one number of the host it is a product with the reciprocal
+            assert isinstance(args[1], torch.Tensor) and args[1].device.type == "meta", "divides by a number"
+        return func(*args, **(kwargs or {}))
+
+
+class MetaLanes(HostLanes):
+    """Does the work on the meta device first: what it mixes with memory of the host, or asks for, is refused."""
+
+    is_checking = False
+    num_checked = 0
+
+    def constant(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        there = super().constant(values)
+        return there.to("meta") if self.is_checking else there
+
+    def send(self, block: npt.NDArray[Any], dtype: DType, work: Work, finish: Any) -> Any:
+        self.is_checking = True
+        with OfAGpu():
+            results = work(as_torch(np.ascontiguousarray(block), dtype).to("meta"))
+        assert {result.device.type for result in results} == {"meta"}
+        self.is_checking = False
+        self.num_checked += 1
+        return super().send(block, dtype, work, finish)
+
+
+def test_nothing_on_the_device_needs_the_host(exported: Callable[..., dict[str, bytes]]) -> None:
+    lanes = MetaLanes()
+    assert exported(lanes, num_threads=1)
+    assert lanes.num_checked > 4
