@@ -45,12 +45,12 @@ class Source(Struct, frozen=True, kw_only=True):
     base: Path | None = None
     """The model that the adapters of the checkpoint are merged into."""
     master_weights: bool = False
+    """Take the fp32 weights out of the optimizer's state."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     calibration: Path | None = None
     """A safetensors file with the amax values of quantisers."""
     mapping: ModelMapping | CodeMapping | None = None
     """The user's own rules, in place of a family's."""
-    """Take the fp32 weights out of the optimizer's state."""
 
 
 class OpenedModel(Struct, frozen=True):

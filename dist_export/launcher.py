@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from dist_export import report
-from dist_export.arguments import add_export_arguments, make_job, request_of
+from dist_export.arguments import add_export_arguments, make_job, request_of, source_of
 from dist_export.errors import ExportError
 from dist_export.runtime import publication
 from dist_export.runtime.events import Reporter
@@ -23,7 +23,7 @@ from dist_export.runtime.run import run_here
 from dist_export.runtime.usage import default_host_memory, default_num_threads
 from dist_export.runtime.world import detect_world
 from dist_export.session import ExportSession, RunOptions
-from dist_export.shared_index import open_shared
+from dist_export.shared_index import open_together
 
 if TYPE_CHECKING:
     from dist_export.engines.availability import Gpu
@@ -97,15 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if group.rank == 0:
             reporter.check()
         with reporter.watch(group, output=str(options.output.absolute())):
-            checkpoint = open_shared(
-                options.checkpoint,
-                group,
-                iteration=options.iteration,
-                index_cache=options.index_cache,
-                base=options.base,
-                master_weights=options.master_weights,
-            )
-            model, job = make_job(options, checkpoint)
+            model, job = make_job(options, open_together(source_of(options), group))
             run = run_options(options, num_processes=group.world.local_world_size)
             engines = Engines.asked(options, job)
             session = ExportSession(model.checkpoint, job, run, group, request_of(options))

@@ -11,13 +11,16 @@ import json
 import mmap
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, to_builtins
 
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.open import Checkpoint, checkpoint_of, open_checkpoint
 from dist_export.runtime.group import Group
+
+if TYPE_CHECKING:
+    from dist_export.api import Source
 
 
 class _Published(Struct, frozen=True):
@@ -26,6 +29,18 @@ class _Published(Struct, frozen=True):
     node: str
     path: str
     num_bytes: int
+
+
+def open_together(source: Source, group: Group) -> Checkpoint:
+    """The checkpoint that `source` names, opened by all ranks of `group` together. Raises as `open_shared` does."""
+    return open_shared(
+        source.checkpoint,
+        group,
+        iteration=source.iteration,
+        index_cache=source.index_cache,
+        base=source.base,
+        master_weights=source.master_weights,
+    )
 
 
 def open_shared(

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 OF_OTHERS = {
     *("--save", "--editable", "--no-deps"),  # Megatron-LM, pip
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
-    *("--nodes", "--ntasks-per-node", "--checkpoint_dir"),  # sbatch, trtllm-build
+    *("--nodes", "--ntasks-per-node", "--wrap", "--checkpoint_dir"),  # sbatch, trtllm-build
 }
 
 

@@ -29,7 +29,7 @@ from dist_export.runtime.collective import shared_store
 from dist_export.runtime.group import Group
 from dist_export.runtime.run import run_here
 from dist_export.runtime.world import detect_world
-from dist_export.shared_index import open_shared
+from dist_export.shared_index import open_together
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,7 @@ def calibrate(
     be read, or a linear was not calibrated, and PeerFailedError on the other ranks; the file is whole or not there.
     """
     group = group or Group.single()
-    checkpoint = open_shared(source.checkpoint, group, iteration=source.iteration, index_cache=source.index_cache)
-    model = api.open_model(source, checkpoint)
+    model = api.open_model(source, open_together(source, group))
     config, trained = model.resolved.config, model.checkpoint.training_layout
     if any(True for _ in model.quantizers.catalog.patterns()):
         raise ExportError(

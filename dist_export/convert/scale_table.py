@@ -208,9 +208,8 @@ def find(entries: Sequence[Entry], numbers: Sequence[int], reader: ViewReader) -
     for number in numbers:
         entry = entries[number]
         found = _read(entry, reader)
-        if entry.measured and not found:
-            found = _measure(entry.measured, reader)
-        values[starts[number] : starts[number + 1]] = found
+        is_missing = entry.measured and not found
+        values[starts[number] : starts[number + 1]] = measure(entry, reader) if is_missing else found
     return values
 
 
@@ -265,13 +264,15 @@ def _read(entry: Entry, reader: ViewReader) -> np.float32:
     return _float32(values.reshape(-1)[0])
 
 
-def _measure(weights: Sequence[SourceTensor], reader: ViewReader) -> np.float32:
-    largest = np.float32(0)
-    for weight in weights:
-        dtype = dtype_by_name(weight.dtype)
-        for block in reader.row_blocks(weight, MEASURE_BYTES):
-            largest = np.maximum(largest, magnitudes(block, dtype, axis=None))  # keeps NaN
-    return _float32(largest)
+def measure(entry: Entry, reader: ViewReader) -> Float32:
+    """The amax of an entry's weights (of each row where that is asked for), as far as `reader` has them."""
+    axis = 1 if entry.num_rows else None
+    found = [
+        magnitudes(block, dtype_by_name(weight.dtype), axis=axis)
+        for weight in entry.measured
+        for block in reader.row_blocks(weight, MEASURE_BYTES)
+    ]
+    return np.concatenate(found) if entry.num_rows else np.maximum.reduce(found)  # keeps NaN
 
 
 def magnitudes(raw: npt.NDArray[Any], dtype: DType, *, axis: int | None) -> Float32:

@@ -11,16 +11,7 @@ from msgspec import Struct, field
 
 from dist_export.convert.execute import Budget, Executor
 from dist_export.convert.outputs import WritableFile
-from dist_export.convert.scale_table import (
-    MEASURE_BYTES,
-    Entry,
-    Float32,
-    ScaleTable,
-    entries_of,
-    find,
-    magnitudes,
-    table_of,
-)
+from dist_export.convert.scale_table import Float32, ScaleTable, entries_of, find, measure, table_of
 from dist_export.convert.torch_arithmetic import TorchArithmetic
 from dist_export.convert.view_reader import ViewReader
 from dist_export.errors import ExportError, Faults
@@ -32,7 +23,6 @@ from dist_export.live.table import ORIGIN, LiveTable, check_same
 from dist_export.plan.export import ExportPlan, validate
 from dist_export.plan.shard import PlannedTensor, ShardPlan
 from dist_export.plan.work import Fill, SlabUses, Use, WorkItem, collect_uses
-from dist_export.tensors.dtypes import dtype_by_name
 
 ROUND_BYTES = 256 << 20
 """Of target tensors that a rank makes in one round, which bounds what it receives meanwhile."""
@@ -271,22 +261,11 @@ class LiveExport:
         values, start = find(entries, here, reader), 0
         for entry in entries:
             if entry.stored is None:
-                values[start : start + entry.size] = _measured(entry, reader)
+                values[start : start + entry.size] = measure(entry, reader)
             start += entry.size
         # MAX over ranks must not lose what is not a number: an infinite amax is refused as well.
         values = np.where(np.isnan(values), np.float32(np.inf), values)
         return table_of(entries, self.peers.all_reduce_max(values), quantization)
-
-
-def _measured(entry: Entry, reader: ViewReader) -> Float32:
-    """The amax of an entry's weights (of each row where that is asked for), as far as this rank holds them."""
-    axis = 1 if entry.num_rows else None
-    found = [
-        magnitudes(block, dtype_by_name(weight.dtype), axis=axis)
-        for weight in entry.measured
-        for block in reader.row_blocks(weight, MEASURE_BYTES)
-    ]
-    return np.concatenate(found) if entry.num_rows else np.maximum.reduce(found)  # keeps NaN
 
 
 class _Silent:

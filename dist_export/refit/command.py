@@ -13,6 +13,7 @@ from msgspec import Struct
 from dist_export.api import Source
 from dist_export.checkpoint.open import Checkpoint
 from dist_export.errors import ExportError
+from dist_export.launcher import reporter_of
 from dist_export.plan.job import ExportJob
 from dist_export.refit.apply import DeltaSession
 from dist_export.refit.base import Base
@@ -30,9 +31,9 @@ from dist_export.runtime.launch import run_local
 from dist_export.runtime.progress import format_bytes
 from dist_export.runtime.run import run_here
 from dist_export.runtime.usage import default_host_memory, default_num_threads
-from dist_export.runtime.world import detect_world
+from dist_export.runtime.world import World, detect_world
 from dist_export.session import RunOptions
-from dist_export.shared_index import open_shared
+from dist_export.shared_index import open_together
 from dist_export.targets.trtllm.target import NAME as TRTLLM
 
 NOTHING = Path("-")
@@ -42,13 +43,11 @@ _SCALES = ("scal", "alpha")
 
 def refit_command(options: argparse.Namespace) -> int:
     """Refit, make a delta or apply one. Returns the exit code."""
-    reporter = Reporter(json_lines=options.log_json, progress_file=options.progress_file)
+    reporter = reporter_of(options)
     try:
-        reporter.check()
-        _check(options)
         world = detect_world(os.environ)
-        if world.world_size > 1 and options.num_processes:
-            raise ExportError("--num-processes: the launcher has started the processes")
+        if world.world_size == 1:
+            _check(options, reporter, world)
     except ExportError as error:
         return _failed(reporter, error)
     if world.world_size > 1:
@@ -56,8 +55,11 @@ def refit_command(options: argparse.Namespace) -> int:
     return _locally(options, reporter)
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raise `ExportError` for options that do not go together."""
+def _check(options: argparse.Namespace, reporter: Reporter, world: World) -> None:
+    """Raise `ExportError` for options that do not go together, and for a progress file that cannot be written."""
+    reporter.check()
+    if world.world_size > 1 and options.num_processes:
+        raise ExportError("--num-processes: the launcher has started the processes")
     if options.all_names and options.delta_dir is None:
         raise ExportError("--all-names: is for --delta-dir DIR")
     if options.source == NOTHING or is_delta(options.source):
@@ -96,6 +98,9 @@ def _locally(options: argparse.Namespace, reporter: Reporter) -> int:
 
 def _launched(options: argparse.Namespace, reporter: Reporter, group: Group) -> int:
     """This process is one rank of a job that a launcher started."""
+    if group.rank == 0:
+        _check(options, reporter, group.world)
+    group.barrier("options checked")  # or each rank would refuse them in its own words
     code = _finish_interrupted(options, group)
     if code or options.source == NOTHING:
         return code
@@ -138,16 +143,7 @@ class _Checkpoint(Struct, frozen=True):
             index_cache=options.index_cache,
             code_allowed=options.allow_mapping_code,
         )
-        checkpoint = None
-        if group is not None:
-            checkpoint = open_shared(
-                source.checkpoint,
-                group,
-                iteration=source.iteration,
-                index_cache=source.index_cache,
-                base=source.base,
-                master_weights=source.master_weights,
-            )
+        checkpoint = None if group is None else open_together(source, group)
         model, job = base.plan(source, checkpoint)
         return cls(options, base, source, model.checkpoint, job)
 

@@ -3,8 +3,9 @@
     python tests/benchmarks/gpu_export.py [--device cuda:0] [--megabytes 2048] [--runs 5] [--folder /dev/shm]
 
 A float32 Llama-style checkpoint is exported in this process: cast to bfloat16, and quantised to FP8 with a scale per
-channel, which needs no calibration. With overlap a thread has several blocks under way, as exports have; without, it waits for each
-before it sends the next. Figures are of the transfer, medians, with files in --folder; what is written is compared.
+channel, which needs no calibration. With overlap a thread has several blocks under way, as exports have; without, it
+waits for each before it sends the next. Figures are of the transfer, medians, with files in --folder; what is written
+is compared.
 """
 
 from __future__ import annotations
