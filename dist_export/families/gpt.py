@@ -136,6 +136,7 @@ HF_LIMITS = (
     (lambda m: m.num_query_groups == m.num_attention_heads, "it has as many key/value heads as query heads"),
     (lambda m: m.head_size * m.num_attention_heads == m.hidden_size, "its head size is hidden size / heads"),
     (lambda m: not m.qk_norm, "it has no q/k norm"),
+    (lambda m: m.window_size is None, "it has no attention window"),
     hf.DENSE,
 )
 

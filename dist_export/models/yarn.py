@@ -11,8 +11,9 @@ def latent_claim(arguments: Arguments) -> Claim:
     """Multi-latent attention makes its own rotary table: yarn unless `rope_type` says rope (`rope_type` is an argument
     since 0.14, None meaning yarn). Yarn with factor 1, the argument's default, is no scaling.
 
-    The length that yarn starts from was `max_position_embeddings` before 0.14. Where an argument is missing the
-    class's own default counts (transformer_config.py, `MLATransformerConfig`): 0.10 had no mscale arguments.
+    The length that yarn starts from was `max_position_embeddings` before 0.14, in which `rope_type` was no argument
+    but, from 0.11 on, a field of the `TransformerConfig` that NeMo saves. Where an argument is missing the class's own
+    default counts (transformer_config.py, `MLATransformerConfig`): 0.10 had no mscale arguments.
     """
     factor = arguments.number("rotary_scaling_factor")
     factor = 40.0 if factor is None else factor
@@ -25,7 +26,8 @@ def latent_claim(arguments: Arguments) -> Claim:
         if given is not None:
             numbers[name] = given
             names.append(name)
-    before_0_14 = not arguments.has("original_max_position_embeddings") and not arguments.has("rope_type")
+    fields = arguments.has("activation_func")  # of a `TransformerConfig`
+    before_0_14 = not arguments.has("original_max_position_embeddings") and (fields or not arguments.has("rope_type"))
     length = "max_position_embeddings" if before_0_14 else "original_max_position_embeddings"
     original = arguments.integer(length)
     scaling = RopeScaling("yarn", factor, original_max_position_embeddings=original or 4096, **numbers)  # type: ignore[arg-type]

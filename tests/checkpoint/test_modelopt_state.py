@@ -157,6 +157,26 @@ def test_patterns_of_experts() -> None:
     assert apply_rules(rules, fc2, "weight_quantizer")[0].num_bits == 4
 
 
+def test_one_setting_for_several_quantisers() -> None:
+    """In a dict it is for each of them, as `set_quantizer_attribute` does it; in a list it replaces all."""
+    eight = {"num_bits": 8, "axis": 0}
+    rules = config_rules({"*weight_quantizer": [INT4, FP8], "*linear_proj.weight_quantizer": eight}, origin="c")
+    assert [each.num_bits for each in apply_rules(rules, LINEARS[0], "weight_quantizer")] == [4, (4, 3)]
+    assert [each.num_bits for each in apply_rules(rules, PROJ, "weight_quantizer")] == [8, 8]
+    entries = [{"quantizer_name": "*weight_quantizer", "cfg": cfg, "enable": True} for cfg in ([INT4, FP8], eight)]
+    assert [each.num_bits for each in apply_rules(config_rules(entries, origin="c"), PROJ, "weight_quantizer")] == [8]
+
+
+@pytest.mark.parametrize("inputs", [FP8, {**FP8, "axis": 0}])
+def test_fp8_rows_with_a_fixed_scale_of_inputs_have_no_name(inputs: dict[str, Any]) -> None:
+    found = {
+        "weight_quantizer": (properties_of({"num_bits": (4, 3), "axis": 0}),),
+        "input_quantizer": (properties_of(inputs),),
+    }
+    with pytest.raises(ValueError, match="FP8 with an amax per \\[0\\] and an input that has a fixed amax"):
+        linear_scheme(found)
+
+
 def test_a_layers_own_state_beats_the_configuration(tmp_path: Path) -> None:
     states = {
         f"{LAYER}mlp.linear_fc1._extra_state/shard_0_1": modelopt_state(

@@ -164,6 +164,16 @@ def test_layernorm_mlp_and_attention(tmp_path: Path) -> None:
     }
 
 
+def test_layernorm_mlp_of_two_scales_per_product(tmp_path: Path) -> None:
+    """TransformerEngine 0.1 and 0.2: input and weight of fc1, then of fc2."""
+    state = te_state("0.2", torch.tensor([2.0, 3.0, 4.0, 5.0]), num_gemms=2)
+    found = scales_in(tmp_path / "c", {"decoder.layers.0.mlp._extra_state/shard_0_1": state}).scales
+    assert {kind: scale.scale for (_, kind), scale in found.items()} == {
+        Activation.INPUT: 2.0,
+        Activation.FC2_INPUT: 4.0,
+    }
+
+
 def test_zarr(tmp_path: Path) -> None:
     folder = write_zarr(tmp_path / "c", {"decoder.final_layernorm.weight": torch.ones(4)}, args=None)
     torch.save(te_state("1.13", SCALE, HISTORY), folder / "decoder.layers.mlp.linear_fc1._extra_state" / "shard_1_2.pt")

@@ -30,6 +30,13 @@ def test_same_export_as_torch_dist(tmp_path: Path, model: Any, parts: int) -> No
     assert exported(cells, tmp_path / "b", "--tp", 2) == plain
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_element_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small_model(LLAMA, dtype=dtype)
+    plain = exported(write_torch_dist(tmp_path / "plain", model.tensors, args=model.args), tmp_path / "a")
+    assert exported(write_zarr(tmp_path / "zarr", model.tensors, args=model.args, parts=1), tmp_path / "b") == plain
+
+
 def test_edge_cells_have_strides_of_whole_cells(tmp_path: Path, model: Any) -> None:
     tensor = model.tensors["embedding.word_embeddings.weight"]
     folder = write_zarr(tmp_path / "c", model.tensors, args=None)

@@ -97,6 +97,9 @@ def test_runs_are_believed_when_their_bytes_agree(tmp_path: Path) -> None:
     runs = [run(0, 10), run(10, 10, change=1), run(20, 5), run(20, 5), run(22, 10), run(90, 10)]
     beyond = [(90, 11, 0), (100, 1, 0), (10**17, 5, 0), (50, 0, 0)]
     assert list(confirmed(path, start, 100, [*runs, *beyond])) == [run(0, 10), run(20, 5), run(90, 10)]
+    shorter = [run(80, 15), run(90, 10)]  # of which the last reaches into the next tensor
+    assert list(confirmed(path, start, 95, shorter[1:])) == []
+    assert list(confirmed(path, start, 95, shorter)) == shorter[:1]
     os.truncate(path, start + 95)
     assert list(confirmed(path, start, 100, runs)) == [run(0, 10), run(20, 5)]
 

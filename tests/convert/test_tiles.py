@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from dist_export.convert.sources import SourceRectangle
 from dist_export.convert.tiles import ROW_GAP_BYTES, cut
+from dist_export.plan.recipes import Codes, Encoded, StoredScales
 from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import OutputTensor, Use, WorkItem
-from dist_export.tensors.dtypes import BFLOAT16
+from dist_export.tensors.dtypes import BFLOAT16, FLOAT32, INT8
 from dist_export.tensors.views import Slab, View
 
 ROWS, WIDTH = 12, 10
@@ -98,3 +99,16 @@ def test_parts_of_rows_are_read_with_what_lies_between_only_where_that_is_little
     (tile,) = cut(item, [rectangle], 1 << 30)
     assert tile.reads[0].whole_rows is whole
     assert tile.reads[0].num_bytes(4, 2) == (3 * width * 2 + 128 if whole else 4 * 128)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 20, 60, 61, 100])
+def test_rows_that_share_a_byte_are_not_torn_apart(tile_bytes: int) -> None:
+    """INT4 codes of two rows lie in one byte: no tile may begin or end between them, however small a buffer is."""
+    scales = StoredScales(View.zeros((ROWS, 1)), FLOAT32, 7.0)
+    codes = PlannedTensor("t", INT8, View.zeros((ROWS, WIDTH)), BFLOAT16, (), recipe=Encoded(Codes.INT4, scales))
+    pairs = Use((0, ROWS, 0, WIDTH), OutputTensor(0, 0, codes, 0), 0, 0)
+    item = WorkItem(Slab("w"), (ROWS, WIDTH), BFLOAT16, (0, ROWS), (pairs, use(0, ROWS, 0, WIDTH)))
+    tiles = list(cut(item, chunk_grid([0, ROWS], [0, WIDTH]), tile_bytes))
+    assert [row % 2 for tile in tiles for row in tile.rows] == [0] * 2 * len(tiles)
+    assert [tile.rows[0] for tile in tiles] == [0, *(tile.rows[1] for tile in tiles[:-1])]
+    assert tiles[-1].rows[1] == ROWS and len(tiles) > 1

@@ -102,6 +102,11 @@ def test_real_arguments_need_no_default(name: str) -> None:
             {"onnx_safe": True, "bias_gelu_fusion": True, "use_legacy_models": ABSENT, "use_mcore_models": False},
             {"activation": "gelu"},
         ),
+        (  # Older than Megatron-Core models: Megatron-LM's own model has the tanh form.
+            GPT2,
+            {"openai_gelu": True, **dict.fromkeys(("use_legacy_models", "use_mcore_models", "normalization"), ABSENT)},
+            {"activation": "gelu_tanh", "normalization": "LayerNorm"},
+        ),
         (LLAMA, {"swiglu": False, "quick_geglu": True}, {"activation": "quick_gelu", "gated": True}),
         (
             LLAMA,
@@ -161,6 +166,17 @@ def test_real_arguments_need_no_default(name: str) -> None:
         (LLAMA, {"new_decoder_architecture": True}, {"parallel_attention": True, "separate_mlp_norm": True}),
         (LLAMA, {"parallel_attention": False, "new_decoder_architecture": False}, {"parallel_attention": False}),
         # Experts.
+        (MIXTRAL, {"moe_router_topk": ABSENT}, {"moe_top_k": 2}),
+        (
+            MIXTRAL,
+            {"moe_mlp_glu_interleave_size": 32, "moe_grouped_gemm": True, "expert_tensor_parallel_size": 2},
+            {"moe_glu_interleave_size": 32, "moe_glu_interleave_num_shards": 2},
+        ),
+        (  # SequentialMLP knows nothing of it.
+            MIXTRAL,
+            {"moe_mlp_glu_interleave_size": 32, "moe_grouped_gemm": False, "expert_tensor_parallel_size": 2},
+            {"moe_glu_interleave_size": 0, "moe_glu_interleave_num_shards": 1},
+        ),
         (MIXTRAL, {"moe_layer_freq": 1}, {"moe_layer_freq": None}),
         (MIXTRAL, {"moe_layer_freq": 2}, {"moe_layer_freq": (1, 0, 1, 0)}),
         (MIXTRAL, {"moe_layer_freq": [0, 1, 1, 1]}, {"moe_layer_freq": (0, 1, 1, 1)}),
@@ -190,6 +206,24 @@ def test_real_arguments_need_no_default(name: str) -> None:
 def test_argument_rules(name: str, changes: dict[str, object], expected: dict[str, object]) -> None:
     config = Checkpoint(name).args(**changes).resolve().config
     assert {field: getattr(config, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "activation"),
+    [
+        *(("torch.nn.functional.gelu", "gelu"), ("megatron.core.transformer.utils.erf_gelu", "gelu")),
+        *(("megatron.core.activations.fast_gelu", "gelu_tanh"), ("openai_gelu", "gelu_tanh")),
+        *(("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_tanh", "gelu_tanh"), ("openai_gelu_func", "gelu_tanh")),
+        *(("torch.nn.functional.silu", "silu"), ("swish", "silu"), ("torch.nn.functional.relu", "relu")),
+        *(("megatron.core.activations.squared_relu", "squared_relu"), ("relu2", "squared_relu")),
+        ("megatron.core.activations.quick_gelu", "quick_gelu"),
+    ],
+)
+def test_functions_of_a_transformer_config(function: str, activation: str) -> None:
+    """What each computes: exact gelu by the error function, the tanh forms, x sigmoid(x), x sigmoid(1.702 x), ..."""
+    assert Checkpoint(LLAMA).args(swiglu=False, gated_linear_unit=True, activation_func=function).value(
+        "activation"
+    ) == (activation)
 
 
 @pytest.mark.parametrize(("hidden", "swiglu", "expected"), [(64, False, 256), (64, True, 128), (4096, True, 10880)])
@@ -380,6 +414,12 @@ def test_contradictions_stop_the_run(name: str, changes: dict[str, object], mess
         changes = changes | {"swiglu": False}
     with pytest.raises(ExportError, match=message):
         Checkpoint(name).args(**changes).resolve()
+
+
+def test_norms_of_queries_are_as_long_as_a_head() -> None:
+    norms = {LAYER + f"self_attention.{part}_layernorm.weight": (16,) for part in "qk"}
+    with pytest.raises(ExportError, match=r"head_size 8 .* make 8 rows, but .*q_layernorm.weight is \(16,\)"):
+        Checkpoint(LLAMA).args(qk_layernorm=True).shape(norms).resolve()
 
 
 @pytest.mark.parametrize(

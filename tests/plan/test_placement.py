@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 pytest.importorskip("torch")
 
@@ -17,7 +19,10 @@ from support.small_models import LLAMA, small_model
 from dist_export.errors import ExportError
 from dist_export.plan import placement as placement_module
 from dist_export.plan.placement import Placement, fills_of, make_placement, work_of
-from dist_export.plan.work import Fill, SlabUses, collect_uses
+from dist_export.plan.recipes import Codes, Encoded, StoredScales
+from dist_export.plan.work import Fill, SlabUses, Use, collect_uses
+from dist_export.tensors.dtypes import FLOAT32, INT8
+from dist_export.tensors.views import View
 
 
 @cache
@@ -121,3 +126,23 @@ def test_small_slabs_are_not_shared() -> None:
     placement = make_placement((0, 0, 0, 0), [1] * 4)
     cut = [slab for slab in slabs if "linear_fc2" in slab.slab.name]
     assert all(len({use.output.file for use in item.uses}) == 1 for item in work_of(2, placement, cut))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_rows_that_share_a_byte_stay_with_one_process(num_processes: int) -> None:
+    """INT4 codes of two rows lie in one byte, which one process has to write."""
+    slabs, _ = work(1, 1)
+    slab = next(slab for slab in slabs if "linear_fc2" in slab.slab.name)
+    scales = StoredScales(View.zeros((slab.shape[0], 1)), FLOAT32, 7.0)
+
+    def packed(use: Use) -> Use:
+        planned = replace(use.output.planned, dtype=INT8, recipe=Encoded(Codes.INT4, scales))
+        return replace(use, output=replace(use.output, planned=planned))
+
+    packed_slab = replace(slab, uses=tuple(map(packed, slab.uses)))
+    placement = make_placement([0] * num_processes, [1])
+    items = [item for process in range(num_processes) for item in work_of(process, placement, [packed_slab])]
+    assert len(items) > 1 and [row % 2 for item in items for row in item.rows] == [0] * 2 * len(items)
+    rows = sorted(item.rows for item in items)
+    assert (rows[0][0], rows[-1][1]) == (0, slab.shape[0])
+    assert all(upper[1] == lower[0] for upper, lower in itertools.pairwise(rows))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
+import torch
+from support.exports import tensors_of
 from support.plans import plan_of
+from support.quantizable import export_quantized, mixtral
 from support.small_models import GPT, LLAMA, SmallModel, small_model
 
 from dist_export.errors import ExportError
 from dist_export.models.value_ops import ValueOp
 from dist_export.plan.shard import PlannedTensor, place
+from dist_export.targets.huggingface.target import HuggingFaceOptions
 from dist_export.tensors.dtypes import BFLOAT16, FLOAT32
 from dist_export.tensors.views import View
 
@@ -114,6 +119,20 @@ def test_parts_of_one_tensor_must_have_one_element_type() -> None:
     split.tensors["decoder.layers.mlp.linear_fc1.weight_v"] = fc1.chunk(2, 1)[1].float()
     plan = plan_of(split)  # gate and up are tensors of their own there: each may have its own type
     assert {str(t.source_dtype) for t in plan.shards()[0].tensors if "mlp" in t.name} == {"bfloat16", "float32"}
+
+
+def test_experts_that_lie_in_one_tensor_must_have_one_element_type(tmp_path: Path) -> None:
+    model = mixtral()
+    name = "decoder.layers.1.mlp.experts.experts.2.linear_fc2.weight"
+    model.tensors[name] = model.tensors[name].float()
+    checkpoint = model.write(tmp_path / "c")
+    parts = r"layers.1.mlp.proj.weight: its parts differ in the checkpoint: element types \['bfloat16', 'float32'\]"
+    with pytest.raises(ExportError, match=parts):
+        export_quantized(checkpoint, tmp_path / "engine")
+    hf = tensors_of(export_quantized(checkpoint, tmp_path / "hf", HuggingFaceOptions()) / "model.safetensors")
+    assert torch.equal(
+        hf["model.layers.1.block_sparse_moe.experts.2.w2.weight"].float(), model.tensors[name].bfloat16().float()
+    )
 
 
 def test_offsets_follow_without_gaps_and_large_tensors_start_on_pages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from support.exports import tensors_of
 from support.quantizable import E2M1, E4M3, Quantizable, export_quantized, fp8_codes, llama, mixtral, same
 from support.quantizer_states import properties
 
+from dist_export.convert import scale_table
 from dist_export.errors import ExportError
 from dist_export.targets.huggingface.target import HuggingFaceOptions
+from dist_export.targets.trtllm.target import TrtllmOptions
 
 BLOCKS = {-1: 16, "type": "dynamic", "scale_bits": E4M3}
 
@@ -43,15 +46,32 @@ def test_no_expert_of_a_layer_was_called(tmp_path: Path) -> None:
     assert "decoder.layers.1.mlp.experts.experts.3.linear_fc2: FP8 needs an amax of its input" in str(caught.value)
 
 
-def test_weights_that_calibration_never_saw_are_measured(tmp_path: Path) -> None:
-    """A stored amax of 0 says nothing of weights that are not."""
+@pytest.mark.parametrize("row", [0, 40, -1])
+def test_weights_that_calibration_never_saw_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    """A stored amax of 0 says nothing of weights that are not. They are read some rows at a time."""
+    monkeypatch.setattr(scale_table, "MEASURE_BYTES", 4096)
     model = mixtral().fp8(lambda name: 2.5)
     name = "0.mlp.experts.experts.2.linear_fc2"
+    model.weight(name)[row, 3] = -7.0
     model.amax(name, "weight_quantizer", 0.0)
     tensors = tensors_of(export_quantized(model.write(tmp_path / "c"), tmp_path / "o") / "rank0.safetensors")
     scale = model.weight(name).float().abs().max().reshape(1) / 448
     assert same(tensors["transformer.layers.0.mlp.proj.weights_scaling_factor"][2], scale)
     assert same(tensors["transformer.layers.0.mlp.proj.weight"][2], fp8_codes(model.weight(name), scale))
+
+
+def test_all_ranks_have_one_input_scale_for_the_experts_of_a_layer(tmp_path: Path) -> None:
+    """The largest of all experts, those of other ranks too: every rank quantises all tokens before it chooses."""
+    amax = {f"{layer}.mlp.experts.experts.{n}.linear_fc{fc}": 1.0 + n + 4 * fc + 10 * layer
+            for layer in (0, 1) for n in range(4) for fc in (1, 2)}  # fmt: skip
+    model = mixtral().fp8(lambda name: amax.get(name, 2.5))
+    output = export_quantized(model.write(tmp_path / "c"), tmp_path / "o", TrtllmOptions(tp_size=2, moe_ep_size=2))
+    for rank, layer, (linear, fc) in itertools.product((0, 1), (0, 1), (("fc", 1), ("proj", 2))):
+        written = tensors_of(output / f"rank{rank}.safetensors")
+        scale = written[f"transformer.layers.{layer}.mlp.{linear}.activation_scaling_factor"]
+        assert same(scale, torch.tensor([4.0 + 4 * fc + 10 * layer]) / 448)
 
 
 def fp4(model: Quantizable, *, inputs: bool, factor: bool = False) -> Quantizable:

@@ -161,3 +161,21 @@ def test_models_that_engines_do_not_have_so(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"LayerNorm is in TensorRT-LLM from 1.0 on"):
         export_quantized(checkpoint, tmp_path / "o", TrtllmOptions(release="0.17"), **options)
     export_quantized(checkpoint, tmp_path / "o", TrtllmOptions(release="1.0"), **options)
+
+
+def test_stored_amax_of_gate_and_up_that_lie_apart(tmp_path: Path) -> None:
+    """``weight_w`` and ``weight_v`` of fsdp_dtensor and of ``singleton_local_shards``: the quantiser has one amax for
+    the rows of both, gate first."""
+    model = llama()
+    for name in model.linears:
+        inputs = properties((4, 3), block_sizes={-1: None, "type": "dynamic"}, buffers=())
+        model.modelopt(name, weight_quantizer=properties((4, 3), axis=0), input_quantizer=inputs)
+        model.amax(name, "weight_quantizer", model.weight(name).float().abs().amax(1, keepdim=True))
+    whole = tensors_of(export_quantized(model.write(tmp_path / "a"), tmp_path / "whole") / "rank0.safetensors")
+    for name in [each for each in model.tensors if each.endswith("linear_fc1.weight")]:
+        for half, rows in zip("wv", model.tensors.pop(name).chunk(2), strict=True):
+            model.tensors[f"{name}_{half}"] = rows.clone()
+    apart = tensors_of(export_quantized(model.write(tmp_path / "b"), tmp_path / "apart") / "rank0.safetensors")
+    assert apart.keys() == whole.keys() and all(same(apart[name], whole[name]) for name in whole)
+    gate = model.tensors["decoder.layers.0.mlp.linear_fc1.weight_w"]
+    assert same(apart["transformer.layers.0.mlp.fc.per_channel_scale"], row_scales(gate))

@@ -144,6 +144,22 @@ def test_int8_smoothquant(tmp_path: Path) -> None:
     assert torch.equal(ours[up + "input_scale"], torch.full((1,), 5.0) / 127)
 
 
+def test_values_of_a_quantised_cache_take_no_factor(tmp_path: Path) -> None:
+    """Their scale in the cache is that of values as they were calibrated: attention's output keeps its precision."""
+    model = awq_model()
+    checkpoint = saved(model, tmp_path / "c")
+    target = HuggingFaceOptions(quantization_format="compressed-tensors")
+    folder = export_quantized(checkpoint, tmp_path / "o", target, kv_cache="fp8", kv_cache_scale=0.25)
+    tensors, layer = tensors_of(folder / "model.safetensors"), "model.layers.0.self_attn."
+    assert f"{layer}o_proj" in config_of(folder)["quantization_config"]["ignore"]  # type: ignore[index]
+    weight = model.tensors["decoder.layers.0.self_attention.linear_proj.weight"].float()
+    factor = model.tensors["decoder.layers.0.self_attention.linear_proj.input_quantizer._pre_quant_scale"].float()
+    assert torch.equal(tensors[f"{layer}o_proj.weight"], (weight * factor).bfloat16())
+    plain, _ = exported(checkpoint, tmp_path / "p", "modelopt")
+    assert torch.equal(tensors[f"{layer}v_proj.weight_scale"], plain[f"{layer}v_proj.weight_scale"].bfloat16())
+    assert torch.equal(tensors[f"{layer}v_proj.bias"], plain[f"{layer}v_proj.bias"])
+
+
 def test_int4_without_a_gate(tmp_path: Path) -> None:
     """No linear in front can take the factor of fc2: an activation lies between."""
     model = awq_model(style=NEMOTRON, add_qkv_bias=False)
@@ -157,6 +173,12 @@ def test_int4_without_a_gate(tmp_path: Path) -> None:
     assert torch.equal(ours["model.layers.0.mlp.down_proj.weight"], wanted)
     assert "model.layers.0.self_attn.o_proj.weight_packed" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "norm" in name)
+    for target, linear in (("input", "self_attention.linear_qkv"), ("post_attention", "mlp.linear_fc1")):
+        factor = model.tensors[f"decoder.layers.1.{linear}.input_quantizer._pre_quant_scale"].float()
+        weight, bias = (model.tensors[f"decoder.layers.1.{linear}.layer_norm_{kind}"] for kind in ("weight", "bias"))
+        stored = f"model.layers.1.{target}_layernorm."  # gamma - 1, which Megatron stores, too
+        assert torch.equal(ours[stored + "weight"], ((weight.float() + 1) * factor - 1).bfloat16())
+        assert torch.equal(ours[stored + "bias"], (bias.float() * factor).bfloat16())
 
 
 def test_nvfp4_with_factors(tmp_path: Path) -> None:

@@ -191,6 +191,21 @@ def test_one_rank_has_the_rows_of_all(training_tp: int, tmp_path: Path) -> None:
     assert not verify_export(checkpoint, folder, options=VerifyOptions()).faults
 
 
+@pytest.mark.parametrize("training_tp", [1, 2])
+@pytest.mark.parametrize("kind", [INT4, INT8, FP8_ROWS])
+def test_codes_of_gate_and_up_that_lie_apart(kind: str, training_tp: int, tmp_path: Path) -> None:
+    """``weight_w`` and ``weight_v``: the scales are those of both, in the order in which training ranks held them."""
+    model, options = compressed(kind, training_tp), TrtllmOptions(tp_size=2)
+    whole = export_quantized(model.write(tmp_path / "a", chunks=chunks_of(training_tp)), tmp_path / "whole", options)
+    for name in [each for each in model.tensors if each.endswith("linear_fc1.weight")]:
+        for half, rows in zip("wv", model.tensors.pop(name).chunk(2), strict=True):
+            model.tensors[f"{name}_{half}"] = rows.clone()
+    apart = export_quantized(model.write(tmp_path / "b", chunks=chunks_of(training_tp)), tmp_path / "apart", options)
+    for rank in range(2):
+        one, other = (tensors_of(folder / f"rank{rank}.safetensors") for folder in (whole, apart))
+        assert one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+
+
 def test_ranks_that_differ_are_not_joined(tmp_path: Path) -> None:
     model = compressed(FP8_ROWS, 2)
     model.tensors["decoder.layers.0.mlp.linear_fc2.weight_quantizer._scale"][5, 1] *= 2

@@ -145,6 +145,11 @@ FAULTS = {
         r"rank0.safetensors: transformer.layers.1.mlp.fc.weight: it is all zero; ",
         1,
     ),
+    "one element of the padding not zero": (
+        lambda files: files["rank1.safetensors"]["lm_head.weight"][-1:, 5].fill(0x3F80),
+        r"rank1.safetensors: lm_head.weight: 1 of 992 elements should be zero, the first at row 30, column 5: ",
+        1,
+    ),
     "padding rows not zero": (
         padding_leaked,
         r"rank1.safetensors: lm_head.weight: 32 of 992 elements should be zero, the first at row 30, column 0: "
