@@ -252,21 +252,19 @@ def targets_of(options: argparse.Namespace) -> list[TargetOptions]:
 
 
 def make_job(
-    options: argparse.Namespace, checkpoint: Checkpoint | None = None
+    options: argparse.Namespace, source: Source, checkpoint: Checkpoint | None = None
 ) -> tuple[OpenedModel, ExportJob]:
-    """The checkpoint (opened here unless it is given) and the plans that a command line asks for."""
+    """The checkpoint of `source` (opened here unless it is given) and the plans that a command line asks for."""
     from dist_export import api
 
-    source = source_of(options)
     model = api.open_model(source, checkpoint)
     return model, api.plan_job(model, targets_of(options), family=source.family)
 
 
-def request_of(options: argparse.Namespace) -> dict[str, object]:
+def request_of(options: argparse.Namespace, source: Source) -> dict[str, object]:
     """What was asked of the source, as plain values for the manifest."""
     from msgspec import Struct, to_builtins
 
-    source = source_of(options)
     plain = {
         name: to_builtins(value) if isinstance(value, Struct) else value
         for name, (value, _) in source.overrides.items()

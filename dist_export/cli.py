@@ -112,7 +112,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from dist_export import report
 
-    model, job = make_job(options)
+    model, job = make_job(options, source_of(options))
     summary = report.plan_summary(model, job, job.validate())
     print(json.dumps(summary, indent=1) if options.json else report.plan_text(summary))
     return exit_codes.OK

@@ -65,7 +65,8 @@ def export_locally(options: argparse.Namespace) -> int:
         reporter.check()
         if not options.resume:  # else it may be done already, which the run itself finds out
             publication.check_output(options.output.absolute(), overwrite=options.overwrite)
-        model, job = make_job(options)
+        source = source_of(options)
+        model, job = make_job(options, source)
         job.validate()
         engines = Engines.asked(options, job)
     except ExportError as error:
@@ -77,7 +78,7 @@ def export_locally(options: argparse.Namespace) -> int:
 
     def rank_main(group: Group) -> int:
         with reporter.watch(group, output=str(run.output)):
-            session = ExportSession(model.checkpoint, job, run, group, request_of(options))
+            session = ExportSession(model.checkpoint, job, run, group, request_of(options, source))
             return export_rank(session, reporter, engines)
 
     return run_local(num_processes, rank_main, tell=reporter.failure)
@@ -97,10 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if group.rank == 0:
             reporter.check()
         with reporter.watch(group, output=str(options.output.absolute())):
-            model, job = make_job(options, open_together(source_of(options), group))
+            source = source_of(options)
+            model, job = make_job(options, source, open_together(source, group))
             run = run_options(options, num_processes=group.world.local_world_size)
             engines = Engines.asked(options, job)
-            session = ExportSession(model.checkpoint, job, run, group, request_of(options))
+            session = ExportSession(model.checkpoint, job, run, group, request_of(options, source))
             return export_rank(session, reporter, engines)
 
     try:

@@ -47,11 +47,13 @@ Place = tuple[int, int, int, int]
 """First row, row end, first column, column end in the weight, taken as a matrix ``[rows, columns]``."""
 
 
-class _Spread(Struct, frozen=True):
+class _Spread(Struct, frozen=True, kw_only=True):
     """Scales of a block, on the host: they spread over it on the device, where that costs nothing."""
 
     values: npt.NDArray[np.float32]
     """``[rows or 1, columns or 1]``, or ``[rows, blocks]``."""
+    rows: npt.NDArray[np.int64] | None = None
+    """Of every row of the block the row of `values`, where it is not the same one."""
     size: int = 1
     """Columns per scale where there are several, of which the block begins within the first."""
     skipped: int = 0
@@ -60,6 +62,8 @@ class _Spread(Struct, frozen=True):
     def on(self, lanes: Lanes, num_columns: int) -> torch.Tensor:
         """On the device: ``[rows or 1, columns or 1]``."""
         values = lanes.constant(self.values)
+        if self.rows is not None:
+            values = values.index_select(0, lanes.constant(self.rows))
         if self.size == 1:
             return values
         return values.repeat_interleave(self.size, -1)[:, self.skipped : self.skipped + num_columns]
@@ -98,7 +102,7 @@ class Encoder(Struct, frozen=True):
         def work(weights: torch.Tensor) -> Sequence[torch.Tensor]:
             values, extremes = weights.float(), _extremes(weights)
             if inverse is not None:
-                values = (values * self.lanes.constant(inverse)).to(weights.dtype).float()
+                values = (values * inverse.on(self.lanes, weights.shape[1])).to(weights.dtype).float()
             spread = scales.on(self.lanes, weights.shape[1])
             if recipe.codes is Codes.WEIGHTS:
                 return (values * spread).to(getattr(torch, planned.dtype.name)), extremes
@@ -185,13 +189,13 @@ class Encoder(Struct, frozen=True):
                 first, end = top // num_rows, -(-bottom // num_rows)
                 each = [self.table.weight_scale(group, divisor) for group in groups[first:end]]
                 values = np.array([[each[row // num_rows - first]] for row in range(top, bottom)], np.float32)
-            return _Spread(values)
+            return _Spread(values=values)
         if isinstance(recipe.scales, Factors):
-            return _Spread(self._factors(recipe.scales)[None, place[2] : place[3]])
+            return _Spread(values=self._factors(recipe.scales)[None, place[2] : place[3]])
         return self._stored(recipe.scales, planned, place)
 
-    def _inverse(self, smoothing: Smoothing, planned: PlannedTensor, place: Place) -> npt.NDArray[np.float32]:
-        """The float32 reciprocals of the columns' scales: ``[1 or rows, columns]``."""
+    def _inverse(self, smoothing: Smoothing, planned: PlannedTensor, place: Place) -> _Spread:
+        """The float32 reciprocals of the columns' scales, of every slice its own."""
         top, bottom, left, right = place
         view, num_rows = smoothing.view, planned.view.shape[-2]
         first, end = (top // num_rows, -(-bottom // num_rows)) if len(view.shape) > 1 else (0, 1)
@@ -199,10 +203,8 @@ class Encoder(Struct, frozen=True):
         scales = self.reader.values(narrow, smoothing.dtype, (first, end))
         if not (np.isfinite(scales).all() and (scales > 0).all()):
             raise ExportError(f"{planned.name}: a smoothing scale is no number above zero; calibrate the model again")
-        inverse: npt.NDArray[np.float32] = np.float32(1) / scales
-        if len(inverse) > 1:
-            inverse = inverse[[row // num_rows - first for row in range(top, bottom)]]
-        return inverse
+        rows = np.arange(top, bottom) // num_rows - first if len(scales) > 1 else None
+        return _Spread(values=np.float32(1) / scales, rows=rows)
 
     def _factors(self, factors: Factors) -> npt.NDArray[np.float32]:
         """``[channels]``."""
@@ -215,7 +217,7 @@ class Encoder(Struct, frozen=True):
         size = planned.view.shape[-1] // blocks  # columns per block
         narrow = scales.view.narrow(len(scales.view.shape) - 1, left // size, -(-right // size) - left // size)
         values = _divided(self.reader.values(narrow, scales.dtype, (top, bottom)), scales.divisor, planned.name)
-        return _Spread(values) if blocks == 1 else _Spread(values, size, left % size)
+        return _Spread(values=values) if blocks == 1 else _Spread(values=values, size=size, skipped=left % size)
 
     def _folded(self, planned: PlannedTensor, recipe: Folded) -> npt.NDArray[np.float32]:
         dtype = planned.source_dtype

@@ -34,7 +34,7 @@ from dist_export.plan.shard import PlannedTensor
 from dist_export.plan.work import Fill, OutputTensor, Use, WorkItem, flat_shape
 
 MIB = 1 << 20
-TILE_BYTES = 1 * MIB  # of source rows per tile: larger reads win nothing (README of the benchmarks), smaller cost calls
+TILE_BYTES = 1 * MIB  # of source rows per tile: larger ones win nothing (RESULTS.md of the benchmarks)
 DEVICE_TILE_BYTES = 8 * MIB  # where a GPU does the arithmetic: a kernel's launch costs as much as a MiB
 BUFFERS_PER_THREAD = 2
 HOST_COPIES = 6  # arithmetic on the host holds a tile in up to float32, twice

@@ -66,8 +66,11 @@ def _bands(
     item: WorkItem, rectangles: Sequence[SourceRectangle]
 ) -> list[tuple[tuple[int, int], tuple[tuple[SourceRectangle, ...], tuple[Columns, ...]]]]:
     """Row ranges over which neither the chunks nor the columns used change, with those chunks and columns."""
-    if len(rectangles) == 1 and all(use.source == item.uses[0].source for use in item.uses):  # most experts
-        return [(item.rows, (tuple(rectangles), (item.uses[0].source[2:],)))]
+    first_use = item.uses[0].source
+    if len(rectangles) == 1 and all(use.source == first_use for use in item.uses):  # most experts
+        top, bottom = rectangles[0].rows
+        if top <= item.rows[0] and item.rows[1] <= bottom:
+            return [(item.rows, (tuple(rectangles), (first_use[2:],)))]
     cuts = {item.rows[0], item.rows[1]}
     cuts |= {row for rectangle in rectangles for row in rectangle.rows}
     cuts |= {row for use in item.uses for row in use.source[:2]}

@@ -39,8 +39,9 @@ class LogicalModel:
     value splits the fused tensor once, and so do the tp ranks of a pipeline stage together.
     """
 
-    MOST_KEPT = 1 << 14
-    """Tensors at a time, about 1 kB each: those of a pipeline stage, also of one with thousands of experts."""
+    MOST_KEPT = 1 << 16
+    """Tensors at a time, about 0.5 kB each: those of a pipeline stage, also of one with thousands of experts. Ranks ask
+    for them in the same order, so that fewer than a stage has would be none."""
 
     def __init__(self, catalog: SourceCatalog, rules: tuple[SourceRule, ...], config: ModelConfig) -> None:
         self.catalog = catalog
@@ -95,6 +96,9 @@ class LogicalModel:
             views = rule.op.split(View.of(source.slab, source.shape), self.config.of_layer(layer))
         except ExportError as error:
             raise ExportError(f"{source.slab}: {error}") from error
+        if len(views) != len(rule.logical):
+            names = ", ".join(rule.logical)
+            raise ExportError(f"{source.slab}: its rule makes {len(views)} tensors of it, and names {names}")
         values = rule.values(self.config)
         tensors = [LogicalTensor(view, source.dtype, values) for view in views]
         for name, tensor in zip(rule.logical, tensors, strict=True):

@@ -93,6 +93,24 @@ class Latent(Struct, frozen=True):
         return {f"attention.{name}": shape for name, shape in parts.items()}
 
 
+def wrong_sizes(raw: Mapping[str, Any]) -> list[str]:
+    """Fields that must be whole numbers for anything else of a configuration to mean something, and are not."""
+    return [f"{name} {raw[name]}" for name, least in _sizes(raw).items() if not _is_size(raw[name], least)]
+
+
+def _sizes(raw: Mapping[str, Any]) -> dict[str, int]:
+    """Fields that are sizes or numbers of something, and the least that they can be."""
+    attention = ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+    moe = ("moe_num_shared_experts", "moe_inter_size", "moe_top_k")
+    groups = ("moe_n_group", "moe_topk_group") if raw["moe_renorm_mode"] == DEVICE_LIMITED else ()
+    optional = {_EXPERTS: 0} if raw["q_lora_rank"] is None else {_EXPERTS: 0, "q_lora_rank": 0}
+    return dict.fromkeys((*attention, "v_head_dim", *moe, *groups), 1) | optional
+
+
+def _is_size(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def conditions(raw: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     """What must hold for a configuration to be interpreted, and what to say where it does not."""
     scaling = raw["rotary_scaling"]
@@ -100,7 +118,6 @@ def conditions(raw: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     yield complete, f"rotary_scaling {scaling} without {', '.join(YARN)}"
     yield raw["hidden_act"] == "swiglu", f"hidden_act {raw['hidden_act']} of {raw['architecture']}"
     yield raw["v_head_dim"] == raw["qk_nope_head_dim"], "v_head_dim other than qk_nope_head_dim"
-    yield raw["moe_num_shared_experts"] > 0, "moe_num_shared_experts 0"
     table = raw.get("moe") or {}
     for name, field in _TABLE.items():
         value = table.get(name, raw[field])

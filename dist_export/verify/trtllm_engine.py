@@ -47,6 +47,9 @@ class EngineConfig(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         faults = Faults("config.json: not interpreted")
+        if self.is_deepseek:
+            faults.extend(deepseek.wrong_sizes(self.raw))
+            faults.raise_if_any()
         faults.extend(message for holds, message in self._conditions() if not holds)
         faults.raise_if_any()
 

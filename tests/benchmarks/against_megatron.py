@@ -94,7 +94,7 @@ os._exit(0)
 """
 
 SIZES = {"2gb": (16, 2048, 7168), "8gb": (20, 4096, 11008)}
-"""Layers, hidden size and ffn size of the models of against_copy.py."""
+"""Layers, hidden size and ffn size of the models of shared_runs.py."""
 
 
 def warm(source: Path) -> None:

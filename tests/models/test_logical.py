@@ -9,8 +9,10 @@ from support.small_models import model_config
 
 from dist_export.errors import ExportError
 from dist_export.models.catalog import SourceCatalog
+from dist_export.models.layout_ops import SAME, LayoutOp, SplitHalves
 from dist_export.models.logical import LogicalModel, unexpected_sources
 from dist_export.models.megatron import DENSE_GPT
+from dist_export.models.rules import SourceRule
 from dist_export.models.value_ops import ValueOp
 from dist_export.tensors.boxes import Box
 from dist_export.tensors.views import Piece, Slab
@@ -110,3 +112,13 @@ def test_a_misfit_names_the_stored_tensor() -> None:
     model = logical_model(TENSORS | {LAYER + "self_attention.linear_qkv.weight": (2, 18, 8)})
     with pytest.raises(ExportError, match=r"linear_qkv.weight\[1\]: fused qkv has 18 rows, expected 16"):
         model.find("layers.{layer}.attention.query.weight", layer=1)
+
+
+@pytest.mark.parametrize(("op", "names"), [(SplitHalves(), ("a",)), (SAME, ("a", "b"))])
+def test_a_rule_that_makes_another_number_of_tensors_than_it_names(op: LayoutOp, names: tuple[str, ...]) -> None:
+    """A mapping of the user's own can have one."""
+    catalog = SourceCatalog({"decoder.layers.0.w": ((4, 4), "bfloat16")})
+    model = LogicalModel(catalog, (SourceRule("decoder.layers.{layer}.w", names, op),), model_config())
+    message = rf"decoder.layers.0.w: its rule makes {3 - len(names)} tensors of it, and names {', '.join(names)}"
+    with pytest.raises(ExportError, match=message):
+        model.find("a", layer=0)

@@ -65,6 +65,12 @@ def test_one_rank_of_a_trillion_looks_at_its_own_layers_and_experts(
     assert set(plan._shards) == {rank}
 
 
+def test_the_tp_ranks_of_a_stage_look_at_its_tensors_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = large_plan(small(num_layers=48, num_experts=128), tp=2, pp=1)
+    first, second = (asked_for(plan, rank, monkeypatch) for rank in (0, 1))
+    assert len(first) > 48 * 2 * 128 and not second
+
+
 def test_of_all_ranks_of_405b_few_are_kept_when_they_are_validated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_export.plan.export.MAX_KEPT_PIECES", 500)
     plan = large_plan(dense_405b(), tp=8, pp=16)

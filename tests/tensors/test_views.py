@@ -29,6 +29,8 @@ def test_stacked_views_can_be_cut_again():
     assert both.shape == (2, 4, 4)
     assert (run(both, SOURCES) == expected).all()
     assert (run(both.narrow(1, 1, 2).narrow(2, 3, 1), SOURCES) == expected[:, 1:3, 3:4]).all()
+    with pytest.raises(ExportError, match=r"cannot stack shapes \[6, 4\] and \[5, 4\]"):
+        stack([VIEW_A, VIEW_B.narrow(0, 1, 5)])
 
 
 def test_neighbouring_pieces_become_one():

@@ -198,6 +198,9 @@ def test_what_is_not_interpreted(two_ranks: Path, tmp_path: Path) -> None:
         "hidden_act silu of DeepseekV2ForCausalLM",
     )
     assert all(text in str(caught.value) for text in expected), str(caught.value)
+    for number, (name, value) in enumerate((("kv_lora_rank", None), ("moe_n_group", 0), ("moe_num_shared_experts", 0))):
+        with pytest.raises(ExportError, match=f"{name} {value}"):
+            TrtllmModel.open(rewritten(two_ranks, tmp_path / f"size{number}", config={name: value}))
     faulty = rewritten(two_ranks, tmp_path / "faulty", lambda t: t.pop("transformer.layers.1.attention.fused_q_proj"))
     with pytest.raises(ExportError, match=r"rank1.safetensors: transformer.layers.1.attention.fused_q_proj is missing"):
         TrtllmModel.open(faulty)
