@@ -14,6 +14,7 @@ from support.small_models import LLAMA, NEMOTRON, small_model
 from support.torch_dist import write_torch_dist
 
 from dist_export import api
+from dist_export.checkpoint import bridge
 from dist_export.checkpoint.index import CheckpointIndex
 from dist_export.checkpoint.open import checkpoint_of, open_checkpoint
 from dist_export.errors import ExportError
@@ -121,6 +122,7 @@ def test_sizes_that_providers_leave_out(tmp_path: Path) -> None:
 def test_bridge_saves_gated_rows_in_order_whatever_the_configuration(tmp_path: Path) -> None:
     top = write_bridge(tmp_path / "a", small_model(LLAMA), moe_mlp_glu_interleave_size=32)
     assert model_of(top).gated
+    assert "moe_mlp_glu_interleave_size" not in bridge.read_common_state(open_checkpoint(top).index)["args"]
 
 
 def test_gemma_scales_its_embeddings_without_a_field_that_says_so(tmp_path: Path) -> None:

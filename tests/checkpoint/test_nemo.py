@@ -25,6 +25,7 @@ from support.torch_dist import write_torch_dist
 from dist_export import api
 from dist_export.checkpoint.archive import open_tar
 from dist_export.checkpoint.index import CheckpointIndex
+from dist_export.checkpoint.nemo import config_arguments
 from dist_export.checkpoint.open import checkpoint_of, open_checkpoint
 from dist_export.errors import ExportError
 from dist_export.models.config import RopeScaling
@@ -130,6 +131,33 @@ def test_configuration(tmp_path: Path) -> None:
     fused = small_model(GPT)
     assert model_of(nemo_folder(tmp_path / "c", fused, bias_activation_fusion=None)).activation == "gelu_tanh"
     assert model_of(nemo_folder(tmp_path / "d", fused, openai_gelu=True)).activation == "gelu_tanh"
+
+
+def test_what_a_configuration_leaves_out() -> None:
+    """megatron_base_model.py and megatron_gpt_model.py: what `cfg.get` gives. Customisation comes last."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "encoder_seq_length": 128}
+    found = config_arguments(sizes, origin="a")
+    expected = {
+        "add_bias_linear": True,
+        "layernorm_epsilon": 1e-5,
+        "rotary_base": 10000,
+        "rotary_percent": 1.0,
+        "position_embedding_type": "learned_absolute",
+        "untie_embeddings_and_output_weights": False,
+        "activation_func": "gelu",
+        "gated_linear_unit": False,
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": False,
+        "kv_channels": 16,
+        "max_position_embeddings": 128,
+    }
+    assert {name: found[name] for name in expected} == expected
+    custom = {"mcore_customization_config": {"rotary_base": 5e5}, "rotary_base": 10000}
+    assert config_arguments({**sizes, **custom}, origin="a")["rotary_base"] == 5e5
+    assert config_arguments({**sizes, "normalization": "layernorm1p"}, origin="a")["layernorm_zero_centered_gamma"]
+    learned = {**sizes, "max_position_embeddings": 512}
+    assert config_arguments(learned, origin="a")["max_position_embeddings"] == 512
+    assert config_arguments({**learned, "mcore_gpt": True}, origin="a")["max_position_embeddings"] == 128
 
 
 def test_gemma_2(tmp_path: Path) -> None:

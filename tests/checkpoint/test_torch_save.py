@@ -133,6 +133,24 @@ class TestRecord:
             sizes = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist()}
         assert sizes["data/0"] == record.storage.size
 
+    @pytest.mark.skipif(not hasattr(torch.serialization, "skip_data"), reason="torch before 2.6 cannot skip data")
+    def test_zip64_entries_that_begin_beyond_4_gib(self, tmp_path: Path) -> None:
+        """Size, packed size and position of the second storage are all in its extra field."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            state = {name: torch.empty((2, 2**30 + more), dtype=torch.bfloat16) for name, more in (("a", 7), ("b", 9))}
+        path = tmp_path / "large.pt"  # sparse: a few blocks on disk
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(state, path)
+        with path.open("rb") as file:
+            saved = read_state(
+                lambda offset, size: os.pread(file.fileno(), size, offset), 0, path.stat().st_size, origin="r"
+            )
+        first, second = (saved.tensor(saved.value[name]) for name in "ab")
+        assert (first.storage.size, second.storage.size) == (2 * (2**31 + 14), 2 * (2**31 + 18))
+        assert second.offset >= first.offset + first.storage.size > 2**32
+
     @pytest.mark.parametrize("path", METADATA, ids=lambda path: path.parts[-3])
     def test_records_of_real_checkpoints(self, path: Path) -> None:
         metadata = load_metadata_pickle(path.read_bytes(), origin="m")

@@ -110,3 +110,6 @@ def test_cells_that_are_missing_cut_or_too_many(tmp_path: Path, model: Any) -> N
     (folder / FC1 / "1.0.0").write_bytes(b"x")
     with pytest.raises(ExportError, match=r"cell 1.0.0 has 1 bytes, expected 3072"):
         open_checkpoint(folder)
+    (folder / FC1 / "1.0.0").write_bytes(bytes(3073))
+    with pytest.raises(ExportError, match=r"cell 1.0.0 has 3073 bytes, expected 3072"):
+        open_checkpoint(folder)

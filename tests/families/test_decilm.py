@@ -8,8 +8,11 @@ import pytest
 from support.exports import config_of, export, run_command
 from support.torch_dist import change_args
 
-from dist_export.errors import ExportError
+from dist_export.errors import ExportError, Faults
 from dist_export.models.blocks import Block, Blocks, blocks_from_json, ffn_size_of
+from dist_export.models.heterogeneous import block_list_claim
+from dist_export.models.megatron_arguments import Arguments
+from dist_export.models.refusals import ENCODED_BLOCKS
 
 CHECKPOINT = Path(__file__).parents[1] / "conformance" / "checkpoints" / "decilm_core_0_16"
 DEFAULT = Block("full", 2, "full", 128)
@@ -34,6 +37,21 @@ def test_blocks_are_read_in_both_spellings_and_sizes_default_to_the_models():
     found = read({"block_configs": entries}).layers
     assert found == (Block("full", 2, "full", 256), Block("full", 8, "full", 96), Block("full", 2, "no_op", 0))
     assert [ffn_size_of(multiple, 8192) for multiple in (0.5, 1.3125, 2.625, 5.25)] == [2816, 7168, 14336, 28672]
+
+
+@pytest.mark.parametrize(
+    "arguments, block",
+    [
+        ({"num_query_groups": 2, "ffn_hidden_size": 96}, Block("full", 2, "full", 96)),
+        ({}, Block("full", 8, "full", 256)),  # as many groups as heads, four times the hidden size
+    ],
+)
+def test_blocks_without_sizes_have_those_of_the_saved_arguments(arguments, block):
+    entries = {"block_configs": [{"attention": {}, "ffn": {}}]}
+    faults = Faults("arguments")
+    saved = Arguments({ENCODED_BLOCKS: json.dumps(entries), **arguments}, faults)
+    assert block_list_claim(saved, heads=8, hidden=64).value == Blocks((block,))
+    assert not faults
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,16 @@ def test_null_tokenizer_of_new_releases_keeps_the_larger_reading() -> None:
     assert Checkpoint(LLAMA_MAIN).set("vocab_size=249").resolve().notes == ()
 
 
+def test_a_provider_s_vocabulary_must_pad_to_the_rows_that_are_there() -> None:
+    """Megatron-Bridge: 100 tokens that are not padded to 128 but have 256 rows prove nothing."""
+    rows = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
+    resolved = Checkpoint(LLAMA).args(vocab_size=100, should_pad_vocab=True, **rows).resolve()
+    assert resolved.config.vocab_size == 256
+    assert "pads to 128 (multiple of 128), not to the 256 rows" in resolved.notes[0]
+    assert Checkpoint(LLAMA).args(vocab_size=200, should_pad_vocab=True, **rows).value("vocab_size") == 200
+    assert Checkpoint(LLAMA).args(vocab_size=256, should_pad_vocab=False, **rows).value("vocab_size") == 256
+
+
 def test_rows_of_the_embedding_beat_the_saved_padding() -> None:
     checkpoint = Checkpoint(LLAMA).shape(
         {"embedding.word_embeddings.weight": (512, 64), "output_layer.weight": (512, 64)}

@@ -77,3 +77,23 @@ def test_an_old_file_that_is_too_short(tmp_path: Path) -> None:
         file.write_at(3, memoryview(b"longer"))
     with pytest.raises(ExportError, match=r"0\.blocks: cannot write: File exists"):
         BlockLog(tmp_path, "0")
+
+
+@pytest.mark.parametrize("ending, change", [(".blocks", 1), (".blocks", -1), (".index", 1), (".index", -1)])
+def test_a_log_that_was_cut_or_continued(ending: str, change: int, tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(bytes(100))
+    log = BlockLog(tmp_path, "0")
+    ComparedFile(0, tmp_path / "old", log, [0]).write_at(0, memoryview(b"new"))
+    log.finish()
+    assert len(read_index(tmp_path, "0")[0]) == 1
+    path = tmp_path / f"0{ending}"
+    path.write_bytes((path.read_bytes() + b"x")[: path.stat().st_size + change])
+    with pytest.raises(ExportError, match=r"does not hold what 0\.index says; it was cut off or changed"):
+        read_index(tmp_path, "0")
+
+
+def test_changes_that_begin_with_a_tensor_are_that_tensor_s(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(bytes(100))
+    file = ComparedFile(0, tmp_path / "old", BlockLog(tmp_path, "0"), [0, 40, 80])
+    file.write_at(40, memoryview(b"new"))
+    assert file.changed == {1}

@@ -145,6 +145,23 @@ def change_offsets(path: Path, more: int) -> None:
     path.write_bytes(data[:8] + json.dumps(header).encode().ljust(length) + data[8 + length :] + bytes(more))
 
 
+def change_shape(path: Path) -> None:
+    """Say that the first matrix has other dims, of as many bytes."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    entry = next(each for each in header.values() if len(each.get("shape", ())) == 2)
+    entry["shape"] = [entry["shape"][0] * 2, entry["shape"][1] // 2]
+    path.write_bytes(data[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + data[8 + length :])
+
+
+def add_weights(delta: Path) -> None:
+    """A file of weights among the documents, in the index as it should be."""
+    (delta / "documents" / "stray.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    change_index(delta, '"export_report.html"', f'"stray.safetensors": "{digest}", "export_report.html"')
+
+
 def change_document(delta: Path, name: str, old: str, new: str) -> None:
     """Change a document, and what the index says of it."""
     path = delta / "documents" / name
@@ -192,6 +209,12 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "no content": (lambda delta, output: change_index(delta, '"content"', '"contents"'), "does not say what it was ma"),
     "an offset that is too large": (
         lambda delta, output: change_offsets(delta / "rank0.safetensors", 2), "has [0-9]+ bytes, bfloat16 .* needs",
+    ),
+    "another shape": (
+        lambda delta, output: change_shape(delta / "rank0.safetensors"), r"is bfloat16 \[.*\], expected bfloat16 \[",
+    ),
+    "weights among the documents": (
+        lambda delta, output: add_weights(delta), "stray.safetensors: is not the document that the delta was made with",
     ),
     "no JSON": (lambda delta, output: change_index(delta, "{", "["), "is no index of a delta"),
 }  # fmt: skip

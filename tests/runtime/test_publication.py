@@ -158,3 +158,41 @@ def test_a_failed_publication_keeps_the_export_and_says_where(tmp_path: Path) ->
         staging.publish()
     staging.abandon(keep=False)
     assert texts(staging.folder) == dict.fromkeys([MANIFEST, CONFIG], "new")
+
+
+def test_an_export_that_cannot_be_replaced_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an atomic exchange the old export is moved away first; it returns when the new one cannot come."""
+    monkeypatch.setattr(publication, "_exchange", lambda first, second: False)
+    output, rename = tmp_path / "out", os.rename
+    fill(output, "old")
+    staging = Staging(output)
+    fill(staging.finish(), "new")
+
+    def refuse(source: Path, target: Path) -> None:
+        if source == staging.folder:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(publication.os, "rename", refuse)
+    with pytest.raises(ExportError, match=r"out: cannot publish: Input/output error; the export is in .*\.finished-"):
+        staging.publish()
+    assert texts(output) == dict.fromkeys([MANIFEST, CONFIG], "old")
+    assert texts(staging.folder)[CONFIG] == "new"
+
+
+def test_a_run_that_is_taken_over_while_it_moves_its_folder_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = tmp_path / "out", os.rename
+    first = Staging(output)
+
+    def taken_over(source: Path, target: Path) -> None:
+        monkeypatch.undo()
+        (first.folder / "lease.json").unlink()
+        Staging(output)
+        rename(source, target)
+
+    monkeypatch.setattr(publication.os, "rename", taken_over)
+    with pytest.raises(ExportError, match="took over this output; this one publishes nothing"):
+        first.finish()
+    assert not output.exists()

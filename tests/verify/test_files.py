@@ -61,11 +61,42 @@ def forget_a_tensor(output: Path) -> None:
     write_manifest(output, manifest)
 
 
+def exchange_tensors(output: Path) -> None:
+    """Two tensors of the same kind change places in the header, their bytes stay."""
+    path = output / "rank0.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [f"transformer.layers.{layer}.attention.dense.weight" for layer in (0, 1)]
+    first, second = (header[name]["data_offsets"] for name in names)
+    header[names[0]]["data_offsets"], header[names[1]]["data_offsets"] = second, first
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert len(text) <= length
+    path.write_bytes(data[:8] + text.ljust(length) + data[8 + length :])
+
+
+def add_to_config(output: Path) -> None:
+    config = json.loads((output / "config.json").read_text())
+    config["use_parallel_embedding"] = 1
+    config["mapping"]["auto_parallel"] = False
+    (output / "config.json").write_text(json.dumps(config))
+
+
+def misstate_a_tensor(output: Path) -> None:
+    manifest = read_manifest(output)
+    manifest["files"]["rank1.safetensors"]["tensors"]["lm_head.weight"]["dtype"] = "float16"
+    write_manifest(output, manifest)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a rank file of an earlier run": (
         lambda output: shutil.copy(output / "rank0.safetensors", output / "rank2.safetensors"),
         ["checksums: rank2.safetensors: is not part of this export, left by an earlier export; a loader may take it: "
          "remove it"],
+    ),
+    "an index of an earlier run": (
+        lambda output: (output / "model.safetensors.index.json").write_text("{}"),
+        ["checksums: model.safetensors.index.json: is not part of this export; a loader may take it: remove it"],
     ),
     "a file cut short": (truncate, ["checksums: rank1.safetensors: has ", "it was cut short"]),
     "bytes appended": (
@@ -86,6 +117,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         rename_tensor,
         ["rank0.safetensors: lm_head.weight: is not in the file",
          "rank0.safetensors: lm_head.wxight: is in the file but not in the plan"],
+    ),
+    "two tensors exchanged": (
+        exchange_tensors,
+        ["rank0.safetensors: transformer.layers.0.attention.dense.weight: is bfloat16 ",
+         "rank0.safetensors: transformer.layers.1.attention.dense.weight: is bfloat16 "],
+    ),
+    "more in config.json, and another type": (
+        add_to_config,
+        ["config.json: mapping.auto_parallel is false, which the export did not write",
+         "config.json: use_parallel_embedding is 1, expected true"],
+    ),
+    "a manifest with another element type": (
+        misstate_a_tensor, ["export_manifest.json: rank1.safetensors: lm_head.weight is not bfloat16 [32, 32] there"],
     ),
     "no config.json": (lambda output: (output / "config.json").unlink(), ["checksums: config.json: is missing"]),
     "an edited config.json": (
@@ -118,6 +162,14 @@ def test_the_cheapest_level_names_the_file_and_what_is_wrong(name: str, checkpoi
     assert report.faults == verify(checkpoint, output).faults, "the other levels work on what is left"
 
 
+def test_what_was_left_out_is_what_the_manifest_says(checkpoint: Path, output: Path) -> None:
+    manifest = read_manifest(output)
+    manifest["source"]["elements_left_out"] = {"padding rows of the vocabulary": 7}
+    write_manifest(output, manifest)
+    (fault,) = messages(verify(checkpoint, output, "coverage"))
+    assert "export_manifest.json: records {'padding rows of the vocabulary': 7} elements left out, the rules" in fault
+
+
 def test_a_stranger_is_named_and_listed_files_are_fine(checkpoint: Path, output: Path) -> None:
     (output / "README.md").write_text("mine")
     (output / "tokenizer.json").write_text("{}")
@@ -143,6 +195,15 @@ def test_nan_and_infinities_are_named(checkpoint: Path, output: Path) -> None:
         "checksums: rank0.safetensors: lm_head.weight: 2 elements are NaN or infinite, the first at [3, 5]",
         "checksums: rank1.safetensors: transformer.ln_f.weight: 1 element is NaN or infinite, the first at [1]",
     ]
+
+
+def test_elements_are_counted_from_the_start_of_the_tensor(tmp_path: Path) -> None:
+    """Not from that of the block in which they were read."""
+    checkpoint = save(tmp_path / "checkpoint", small_model(LLAMA, padded_vocab_size=20_000))
+    output = export_to(checkpoint, tmp_path / "out", TrtllmOptions())
+    change(output, lambda files: files["rank0.safetensors"]["lm_head.weight"].__setitem__((19_000, 3), 0x7FC0))
+    (fault,) = messages(verify(checkpoint, output, "checksums"))
+    assert fault.endswith("lm_head.weight: 1 element is NaN or infinite, the first at [19000, 3]")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
