@@ -14,6 +14,7 @@ from dist_export.convert.outputs import WritableFile
 from dist_export.convert.scale_table import ScaleTable
 from dist_export.convert.view_reader import ViewReader
 from dist_export.plan.work import Fill, WorkItem
+from dist_export.runtime.usage import num_op_threads
 
 if TYPE_CHECKING:
     from dist_export.convert.torch_lanes import Lanes
@@ -28,6 +29,7 @@ class Resources(Struct, frozen=True, kw_only=True):
     device: str
     """As asked for: ``auto``, ``cpu`` or a torch device."""
     local_rank: int
+    local_world_size: int
 
     def torch_device(self) -> str:
         """The torch device of this process. Torch is imported here, where it is to be found out."""
@@ -49,8 +51,9 @@ def make_executor(
 
     @cache
     def lanes() -> Lanes:
-        from dist_export.convert.torch_lanes import lanes_on
+        from dist_export.convert.torch_lanes import lanes_on, share_cores
 
+        share_cores(num_op_threads(resources.local_world_size, resources.num_threads))
         return lanes_on(resources.torch_device(), device_memory=resources.device_memory)
 
     computed = [use for item in items for use in item.uses if not use.output.planned.moves_only]

@@ -327,6 +327,7 @@ class ExportSession:
             num_threads=options.num_threads,
             device=options.device,
             local_rank=self.group.world.local_rank,
+            local_world_size=self.group.world.local_world_size,
         )
 
     def _find_scales(self, items: Sequence[WorkItem]) -> None:

@@ -51,6 +51,12 @@ class Lanes(Protocol):
         """A few values on the device, for use in a `Work`."""
 
 
+def share_cores(num_threads: int) -> None:
+    """Let operations of this process, in threads that begin from now on, take so many threads each; fewer if the
+    environment (OMP_NUM_THREADS) says so."""
+    torch.set_num_threads(min(num_threads, torch.get_num_threads()))
+
+
 class HostLanes:
     """A CPU."""
 

@@ -53,6 +53,13 @@ def default_num_threads(num_processes: int) -> int:
     return 2 if 2 * num_processes <= (os.cpu_count() or 1) or num_processes == 1 else 1
 
 
+def num_op_threads(num_processes: int, num_threads: int) -> int:
+    """Threads within one operation of torch where each of `num_processes` of this node has `num_threads` that run some:
+    the cores that are left for each. If every operation took all cores, those of different threads would mostly wait
+    for one another: a cast of a model by two processes on two cores then takes ten times as long."""
+    return max((os.cpu_count() or 1) // (num_processes * num_threads), 1)
+
+
 def default_host_memory(num_processes: int, *, limit: int | None = None) -> int:
     """Bytes for the buffers of each of `num_processes` of this node: 1 GiB, or half of its share of `limit`.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,21 @@ def test_nothing_is_looked_for_and_no_torch_imported(tmp_path: Path) -> None:
     output = export(llama().write(tmp_path / "c"), tmp_path / "o", "--quantization", "int8_wo", "--num-processes", 1)
     (process,) = json.loads((output / "export_manifest.json").read_text())["run"]["processes"]
     assert process["peak_memory"] - process["memory_at_start"] < 100 << 20  # torch alone takes twice as much
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 64])
+def test_operations_of_torch_share_the_cores(num_threads: int, tmp_path: Path) -> None:
+    """Or those of several threads and processes, each on all cores, mostly wait for one another."""
+    program = (
+        "import sys, torch; from dist_export.cli import main\n"
+        "code = main(sys.argv[1:]); print(torch.get_num_threads(), file=sys.stderr); sys.exit(code)"
+    )
+    export = ("export", llama().write(tmp_path / "c"), tmp_path / "o", "--quantization", "fp8_per_channel")
+    command = [sys.executable, "-c", program, *map(str, export), "--num-processes", "1", "--num-threads"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    process = subprocess.run([*command, str(num_threads)], capture_output=True, text=True, timeout=60, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert 1 <= int(process.stderr) <= max((os.cpu_count() or 1) // num_threads, 1)
 
 
 def test_the_kv_cache_keeps_its_scales(tmp_path: Path) -> None:
