@@ -20,7 +20,7 @@ from dist_export.runtime.failure import Failure
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
 from dist_export.runtime.run import run_here
-from dist_export.runtime.usage import default_host_memory, default_num_threads
+from dist_export.runtime.usage import default_host_memory, default_num_threads, num_cores
 from dist_export.runtime.world import detect_world
 from dist_export.session import ExportSession, RunOptions
 from dist_export.shared_index import open_together
@@ -73,7 +73,7 @@ def export_locally(options: argparse.Namespace) -> int:
         failure = Failure.of(-1, error)
         reporter.failure(failure)
         return failure.exit_code
-    num_processes = options.num_processes or max(min(job.num_files, os.cpu_count() or 1), 1)
+    num_processes = options.num_processes or max(min(job.num_files, num_cores()), 1)
     run = run_options(options, num_processes=num_processes)
 
     def rank_main(group: Group) -> int:

@@ -30,7 +30,7 @@ from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
 from dist_export.runtime.progress import format_bytes
 from dist_export.runtime.run import run_here
-from dist_export.runtime.usage import default_host_memory, default_num_threads
+from dist_export.runtime.usage import default_host_memory, default_num_threads, num_cores
 from dist_export.runtime.world import World, detect_world
 from dist_export.session import RunOptions
 from dist_export.shared_index import open_together
@@ -92,7 +92,7 @@ def _locally(options: argparse.Namespace, reporter: Reporter) -> int:
     except ExportError as error:
         return _failed(reporter, error)
     num_files = sum(len(each.tensor_files) for each in base.folders)
-    num_processes = options.num_processes or max(min(num_files, os.cpu_count() or 1), 1)
+    num_processes = options.num_processes or max(min(num_files, num_cores()), 1)
     return run_local(num_processes, lambda group: work.run(group, reporter, num_processes), tell=reporter.failure)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from msgspec import to_builtins
@@ -14,6 +13,7 @@ from dist_export.errors import ExportError
 from dist_export.runtime import exit_codes
 from dist_export.runtime.group import Group
 from dist_export.runtime.launch import run_local
+from dist_export.runtime.usage import num_cores
 from dist_export.verify.files import read_manifest
 from dist_export.verify.findings import LEVELS
 from dist_export.verify.run import VerifyOptions, find_exports, source_from_manifest, verify_export
@@ -42,7 +42,7 @@ def _verify(options: argparse.Namespace, folder: Path, chosen: VerifyOptions) ->
             print(report.to_json() if options.json else report, flush=True)
         return exit_codes.OK if report.ok else exit_codes.NOT_VERIFIED
 
-    return run_local(options.num_processes or os.cpu_count() or 1, rank_main)
+    return run_local(options.num_processes or num_cores(), rank_main)
 
 
 def _verify_logits(options: argparse.Namespace, folder: Path) -> int:
