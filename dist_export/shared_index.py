@@ -32,33 +32,22 @@ class _Published(Struct, frozen=True):
 
 
 def open_together(source: Source, group: Group) -> Checkpoint:
-    """The checkpoint that `source` names, opened by all ranks of `group` together. Raises as `open_shared` does."""
-    return open_shared(
-        source.checkpoint,
-        group,
-        iteration=source.iteration,
-        index_cache=source.index_cache,
-        base=source.base,
-        master_weights=source.master_weights,
-    )
-
-
-def open_shared(
-    path: Path, group: Group, *, iteration: int | None = None, index_cache: Path | None = None, **parts: Any
-) -> Checkpoint:
-    """As `open_checkpoint` (`parts` are its ``base`` and ``master_weights``), with the metadata parsed once per node.
+    """The checkpoint that `source` names, as `open_checkpoint` opens it, with the metadata parsed once per node.
 
     All ranks of `group` call it.
 
     Where a process cannot map the table (no /proc, another container), it reads the metadata itself. Raises
     `ExportError` on the process that reads, when the checkpoint is at fault, and PeerFailedError on the others.
     """
+    parts: dict[str, Any] = {
+        "iteration": source.iteration, "base": source.base, "master_weights": source.master_weights,
+    }  # fmt: skip
     if group.world_size == 1:
-        return open_checkpoint(path, iteration=iteration, index_cache=index_cache, **parts)
+        return open_checkpoint(source.checkpoint, index_cache=source.index_cache, **parts)
     descriptor, mine, checkpoint = -1, None, None
     try:
         if group.world.local_rank == 0:
-            checkpoint = open_checkpoint(path, iteration=iteration, index_cache=index_cache, **parts)
+            checkpoint = open_checkpoint(source.checkpoint, index_cache=source.index_cache, **parts)
             if group.world.local_world_size > 1:
                 table = checkpoint.index.to_bytes()
                 descriptor = _sealed_memory(table)
@@ -66,7 +55,7 @@ def open_shared(
         everywhere = _exchange(group, mine)
         if checkpoint is None:
             index = next((found for each in everywhere if (found := _mapped(each)) is not None), None)
-            checkpoint = open_checkpoint(path, iteration=iteration, **parts) if index is None else checkpoint_of(index)
+            checkpoint = open_checkpoint(source.checkpoint, **parts) if index is None else checkpoint_of(index)
         group.barrier("index mapped")
     finally:
         if descriptor >= 0:

@@ -182,14 +182,11 @@ class Encoder(Struct, frozen=True):
         top, bottom = place[:2]
         if isinstance(recipe.scales, TableScales):
             groups, divisor = recipe.scales.groups, recipe.scales.divisor
-            if len(groups) == 1:
-                values = np.array([[self.table.weight_scale(groups[0], divisor)]], np.float32)
-            else:
-                num_rows = math.prod(planned.view.shape[:-1]) // len(groups)
-                first, end = top // num_rows, -(-bottom // num_rows)
-                each = [self.table.weight_scale(group, divisor) for group in groups[first:end]]
-                values = np.array([[each[row // num_rows - first]] for row in range(top, bottom)], np.float32)
-            return _Spread(values=values)
+            num_rows = math.prod(planned.view.shape[:-1]) // len(groups)
+            first, end = top // num_rows, -(-bottom // num_rows)
+            each = [[self.table.weight_scale(group, divisor)] for group in groups[first:end]]
+            rows = np.arange(top, bottom) // num_rows - first if len(each) > 1 else None
+            return _Spread(values=np.array(each, np.float32), rows=rows)
         if isinstance(recipe.scales, Factors):
             return _Spread(values=self._factors(recipe.scales)[None, place[2] : place[3]])
         return self._stored(recipe.scales, planned, place)

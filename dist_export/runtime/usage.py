@@ -49,6 +49,7 @@ def default_num_threads(num_processes: int) -> int:
     """Threads for each of `num_processes` of this node: 2, of which one reads while the other writes.
 
     1 where the processes alone fill the cores: two threads would mostly wait for each other's turn in the interpreter.
+    The node's cores are counted, not `num_cores`: srun and mpirun bind each rank to some of its own.
     """
     return 2 if 2 * num_processes <= (os.cpu_count() or 1) or num_processes == 1 else 1
 

@@ -240,12 +240,13 @@ PROGRAM = """
     import json, sys
     from pathlib import Path
     from dist_export import shared_index
+    from dist_export.api import Source
     from dist_export.runtime.launch import run_local
 
     def main(group):
         read, parsed = shared_index.open_checkpoint, []
         shared_index.open_checkpoint = lambda *args, **options: (parsed.append(args), read(*args, **options))[1]
-        index = shared_index.open_shared(Path(sys.argv[1]), group).index
+        index = shared_index.open_together(Source(checkpoint=Path(sys.argv[1])), group).index
         maps = Path("/proc/self/maps").read_text().count("memfd:dist_export index (deleted)")
         chunks = [index.chunks(name)[-1].offset for name in index.tensors]
         print(json.dumps([group.rank, len(parsed), maps, sum(chunks), index.num_chunks]) + "\\n", end="", flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ if not torch.cuda.is_available():
 
 from support.adapters import lora, write_bridge_adapters  # noqa: E402
 from support.exports import REPOSITORY, export, raw_bytes, run_command  # noqa: E402
+from support.live_configuration import CONFIGURATION, MODEL_FIELDS  # noqa: E402
 from support.quantized import SCHEMES  # noqa: E402
 from support.small_models import LLAMA, small_model  # noqa: E402
 from support.torch_dist import write_torch_dist  # noqa: E402
@@ -135,32 +135,10 @@ def test_merged_adapters_that_are_cast(tmp_path: Path) -> None:
     assert_same_on_both(adapters, tmp_path, "--base", base, "--dtype", "bfloat16")
 
 
-CONFIGURATION = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": 8,
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "gated_linear_unit": True,
-    "activation_func": torch.nn.functional.silu,
-    "add_bias_linear": False,
-    "params_dtype": torch.bfloat16,
-}
-MODEL_FIELDS = {
-    "position_embedding_type": "rope",
-    "max_position_embeddings": 64,
-    "share_embeddings_and_output_weights": False,
-}
-
-
 @pytest.mark.parametrize("target", [TrtllmOptions(), HuggingFaceOptions()], ids=["trtllm", "hf"])
 @pytest.mark.parametrize("algorithm", ["auto", "fp8_per_channel"])
 def test_a_live_model_on_a_gpu(algorithm: str, target: TrtllmOptions | HuggingFaceOptions) -> None:
     """Its tensors are those of the same model on the CPU, and there; what is still being written is waited for."""
-    config = dataclasses.make_dataclass("Configuration", CONFIGURATION)(**CONFIGURATION)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for device in ("cpu", "cuda:0"):
         state: dict[str, Any] = {}
@@ -168,7 +146,7 @@ def test_a_live_model_on_a_gpu(algorithm: str, target: TrtllmOptions | HuggingFa
             torch.cuda._sleep(500_000_000)
         for name, tensor in small_model(LLAMA).per_layer().items():
             state[name] = tensor.to(device, non_blocking=True)
-        options = {"transformer_config": config, "model_fields": MODEL_FIELDS, "bucket_bytes": 1 << 12}
+        options = {"transformer_config": CONFIGURATION, "model_fields": MODEL_FIELDS, "bucket_bytes": 1 << 12}
         found[device] = dict(iterate(state, target, quantization=QuantizationOptions(algorithm=algorithm), **options))
     assert {tensor.device.type for tensor in found["cuda:0"].values()} == {"cuda"}
     assert list(found["cpu"]) == list(found["cuda:0"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.exports import export, raw_bytes, tensors_of
+from support.live_configuration import CONFIGURATION, MODEL_FIELDS
 from support.live_runs import run_live
 from support.small_models import LLAMA, small_model
 
@@ -126,33 +126,8 @@ def test_buckets_loaded_into_a_transformers_model_give_megatron_logits(llama: Pa
     assert report.agrees, str(report)
 
 
-CONFIGURATION = dataclasses.make_dataclass(
-    "Configuration",
-    fields := {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 8,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": 1e-5,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "params_dtype": torch.bfloat16,
-    },
-)(**fields)
-"""The fields of a TransformerConfig that the model of these tests needs."""
-
-
 def one_process(**more: Any) -> list[tuple[str, torch.Tensor]]:
-    model_fields = {
-        "position_embedding_type": "rope",
-        "max_position_embeddings": 64,
-        "share_embeddings_and_output_weights": False,
-    }
-    arguments = {"transformer_config": CONFIGURATION, "model_fields": model_fields, **more}
+    arguments = {"transformer_config": CONFIGURATION, "model_fields": MODEL_FIELDS, **more}
     target = arguments.pop("target", TrtllmOptions(tp_size=2))
     return list(iterate(arguments.pop("model", small_model(LLAMA).per_layer()), target, **arguments))
 
